@@ -103,12 +103,13 @@ def cuda_archs(nvcc=None):
     return archs
 
 
-def command(name, default, behind=""):
+def command(name, default, *folders):
     """The path of a compiler: of the one that the variable `name` asks for, else of `default`, or
-    None. behind: a folder to look in after those of PATH."""
+    None. folders: where to look, in this order; None stands for those of PATH."""
     asked = os.environ.get(name)
     compiler = asked or default
-    found = shutil.which(compiler) or shutil.which(compiler, path=behind)
+    places = (shutil.which(compiler, path=folder) for folder in folders)
+    found = next((path for path in places if path), None)
     if asked and found is None:
         raise SystemExit(
             f"{name}: expected one command, without arguments, that is there, got {asked!r}; for "
@@ -136,9 +137,10 @@ def find_torch():
 
 def plan():
     """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
-    compiler = command("CXX", "g++")
-    # as torch does: where CUDA's installer puts it
-    nvcc = command("NVCC", "nvcc", f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin")
+    compiler = command("CXX", "g++", None)
+    home = os.environ.get("CUDA_HOME")  # as torch does: asked for, it goes before the PATH
+    places = [f"{home}/bin", None] if home else [None, "/usr/local/cuda/bin"]
+    nvcc = command("NVCC", "nvcc", *places)
     cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")
     if compiler is None or "linux" not in target(compiler):
         if cpu or cuda:

@@ -137,9 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         # Triton's kernels run too, in its interpreter, where it is installed.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    # Behind PATH: where CUDA's installer puts nvcc and compute-sanitizer.
-    toolkit = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), f"{toolkit}/bin"))
+    # nvcc and compute-sanitizer where the build looks for nvcc
+    path, home = os.environ.get("PATH", os.defpath), os.environ.get("CUDA_HOME")
+    places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")
+    os.environ["PATH"] = os.pathsep.join(places)
     record = start(options)
     # A cache of its own: the compilers are part of what is proven.
     caches = tempfile.mkdtemp(prefix="dipkernels-gpu-check-")

@@ -199,14 +199,20 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys)
     assert module["cuda_archs"](str(nvcc)) == ["90", "120"]
 
 
-def test_an_nvcc_that_is_not_on_the_path_is_found_where_torch_finds_it(tmp_path):
-    (tmp_path / "bin").mkdir()
-    for name, text in (("bin/nvcc", "#!/bin/sh\n"), ("c++", COMPILER)):
+@pytest.mark.parametrize("home, found", [("toolkit", "toolkit/bin/nvcc"), ("none", "nvcc")])
+def test_nvcc_is_looked_for_in_cuda_home_then_on_the_path_as_by_torch(tmp_path, home, found):
+    (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+    for name, text in (
+        ("toolkit/bin/nvcc", "#!/bin/sh\n"),
+        ("nvcc", "#!/bin/sh\n"),
+        ("c++", COMPILER),
+    ):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    found = dict(PATH="", NVCC="", CXX=str(tmp_path / "c++"), CUDA_HOME=str(tmp_path))
-    status, output = setup_py("--version", DIPKERNELS_CPU="", DIPKERNELS_CUDA="", **found)
-    assert status == 0 and f"(nvcc {tmp_path / 'bin' / 'nvcc'}, torch" in output
+    places = dict(PATH=str(tmp_path), CUDA_HOME=str(tmp_path / home))
+    compilers = dict(NVCC="", CXX=str(tmp_path / "c++"), DIPKERNELS_CPU="", DIPKERNELS_CUDA="")
+    status, output = setup_py("--version", **places, **compilers)
+    assert status == 0 and f"(nvcc {tmp_path / found}, torch" in output
 
 
 @pytest.mark.slow

@@ -367,7 +367,7 @@ def test_the_exit_code_and_the_last_lines_say_what_is_wrong(
     monkeypatch.setattr(gpu_check, "SECTIONS", (copy,))
     monkeypatch.setattr(gpu_check, "NAMES", ("copy",))
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == code
-    assert os.environ["PATH"] == f"{before}:{tmp_path}/toolkit/bin"  # where nvcc lies
+    assert os.environ["PATH"] == f"{tmp_path}/toolkit/bin:{before}"  # where nvcc lies
     *_, line, last = capsys.readouterr().out.splitlines()
     assert line.startswith(("FAILED copy: two: ValueError", "NOT PROVEN copy: the tool")[code // 3])
     assert last.startswith(
