@@ -182,6 +182,8 @@ def test_few_sections_share_the_time_of_all():
     assert alone.limit_s == pytest.approx(480)
     limits = [s.limit_s for s in gpu_check.chosen(gpu_check.parse(["--within", "100"]))]
     assert limits == [s.limit_s for s in gpu_check.SECTIONS]
+    left = gpu_check.chosen(gpu_check.parse(["--only", "build,layers,block", "--skip", "block"]))
+    assert [s.name for s in left] == ["build", "layers"]
 
 
 def test_the_page_names_every_section_and_its_limit():
@@ -586,6 +588,17 @@ def test_a_sanitizer_counts_no_call_that_torch_makes_to_see_what_a_driver_has(ch
         watched(check, tool=name)
     memcheck, racecheck = map(" ".join, commands)
     assert "--report-api-errors no" in memcheck and "--report-api-errors" not in racecheck
+
+
+def test_under_torch_a_sanitizer_runs_without_the_allocator_that_hides_an_overrun(
+    check, monkeypatch
+):
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sanitizer, "run", lambda command, **variables: (0, repr(variables)))
+    rows = sanitizer.sanitizer(check)
+    assert len(rows) == 2 and all("torch" in name for name, _ in rows)
+    for _, call in rows:
+        assert "'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'" in call()["error"]
 
 
 def test_the_page_of_expectations_is_what_its_command_writes():
