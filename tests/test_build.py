@@ -185,6 +185,15 @@ def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, 
     assert "memory ran out: set MAX_JOBS=1" in output
 
 
+def test_the_build_heeds_max_jobs_and_ldflags(odd_checkout, tmp_path):
+    (alone := tmp_path / "c++").write_text(COMPILER.replace('"$out.busy"', "busy"))  # one at a time
+    alone.chmod(0o755)
+    status, output = build_in(odd_checkout, CXX=str(alone), MAX_JOBS="1")
+    assert status == 0, output
+    status, output = build_in(odd_checkout, CXX=str(alone), MAX_JOBS="1", LDFLAGS="-Lnowhere")
+    assert status != 0 and "no nowhere" in output
+
+
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys):
     """Of all architectures; of what was asked for, it is to say that it cannot."""
     nvcc, head = tmp_path / "nvcc", (ROOT / "setup.py").read_text().split("PLAN = plan()")[0]
