@@ -342,6 +342,24 @@ def smoke(wheel, folder, expect):
     assert str(folder) in done.stdout
 
 
+def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_path, monkeypatch):
+    """And nvcc is found where the build finds it: behind the PATH in CUDA_HOME."""
+    (tmp_path / "bin").mkdir()
+    (nvcc := tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho Cuda release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    command = [sys.executable, ROOT / "tools" / "release" / "wheel.py", "--toolkit", "12.8"]
+    monkeypatch.setenv("NVCC", "")
+    monkeypatch.setenv("PATH", "")
+    for home, said in (
+        (tmp_path, "--toolkit: expected CUDA 12.8, got nvcc 13.0"),
+        (tmp_path / "none", "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME)"),
+    ):
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+        assert done.returncode != 0 and said in done.stderr
+    assert not list(tmp_path.glob("*.tar.gz"))
+
+
 @on_linux
 def test_pure_python_wheel_works_and_has_only_the_package(tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")

@@ -86,10 +86,13 @@ def glibc() -> tuple[int, ...]:
 
 def toolkit() -> str:
     """The release of nvcc, such as 12.8, and what it means to the user."""
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    asked = os.environ.get("NVCC") or "nvcc"
+    behind = f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin"  # as setup.py finds it
+    nvcc = shutil.which(asked) or shutil.which(asked, path=behind)
     if nvcc is None:
         raise SystemExit(
-            "--cuda 1: there is no nvcc (NVCC, PATH); --cuda 0 builds a wheel without CUDA kernels"
+            "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME); --cuda 0 builds a wheel without "
+            "CUDA kernels"
         )
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\d+\.\d+)", text).group(1)
