@@ -24,14 +24,20 @@ SOURCES = [
 ] + [ROOT / "setup.py"]
 
 
-def test_maths_names_tests_that_exist():
-    defined = set(
-        re.findall(
-            r"def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))
-        )
-    )
-    named = set(re.findall(r"`(test_\w+)`", MATHS))
-    assert len(named) > 20 and named <= defined, named - defined
+def test_pages_name_tests_that_exist():
+    """By name, by file, and by `file -k word`."""
+    defined = {
+        path.name: re.findall(r"def (test_\w+)", path.read_text())
+        for path in (ROOT / "tests").rglob("*.py")
+    }
+    every = {name for names in defined.values() for name in names}
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        page = path.read_text()
+        assert set(re.findall(r"`(test_\w+)`", page)) <= every, path
+        assert set(re.findall(r"\btest_\w+\.py\b", page)) <= defined.keys(), path
+        for file, word in re.findall(r"(test_\w+\.py) -k (\w+)", page):
+            assert any(word in name for name in defined[file]), (path, file, word)
+    assert len(set(re.findall(r"`(test_\w+)`", MATHS))) > 20
 
 
 def test_code_cites_sections_that_exist():
