@@ -68,8 +68,26 @@ def test_only_publishing_may_sign_and_it_attests_before_it_uploads():
     }
     assert jobs["publish"]["if"].startswith("startsWith(github.ref, 'refs/tags/v')")
     assert jobs["publish"]["needs"] == "build"
+    assert jobs["publish"]["permissions"]["attestations"] == "write"
     uses = [step.get("uses", "").split("@")[0] for step in jobs["publish"]["steps"]]
     assert uses.index("actions/attest-build-provenance") < uses.index("pypa/gh-action-pypi-publish")
+
+
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("setup-locked", "--require-hashes --no-deps -r requirements-dev.lock"),
+        ("test-all", '-m "slow or not slow" --cov'),
+        ("test-all", "--cov-fail-under=95"),
+        ("wheel-check", "install --quiet --disable-pip-version-check --no-deps $(WHEEL)"),
+        ("wheel-check", "--expect $(EXPECT) --import-share 0.08"),
+        ("docs", "mkdocs build --strict"),
+    ],
+)
+def test_a_target_asks_for_all_that_the_pages_say(target, words):
+    makefile = (ROOT / "Makefile").read_text()
+    (recipe,) = re.findall(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert words in recipe
 
 
 # ---- pinned inputs -------------------------------------------------------------------------------
