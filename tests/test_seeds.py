@@ -2,8 +2,13 @@
 
 import asyncio
 import copy
+import os
+import random
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -259,3 +264,32 @@ def test_what_runs_after_the_context_is_not_decorated(context):
     for function in (generator, coroutine, stream):
         with pytest.raises(TypeError, match=f"^{type(context).__name__}: .*{function.__name__}"):
             context(function)
+
+
+# ---- of the tests themselves ---------------------------------------------------------------------
+
+
+def test_every_test_starts_from_the_seed_of_its_variable_and_the_order_may_be_shuffled(
+    request, monkeypatch
+):
+    seed = int(os.environ.get("DIPKERNELS_TEST_SEED", "0"))
+    assert torch.initial_seed() == seed
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
+    assert random.random() == random.Random(seed).random()
+    assert np.random.rand() == np.random.RandomState(seed % 2**32).rand()
+
+    tests = [
+        SimpleNamespace(path=Path(f"test_{file}.py"), nodeid=f"{file}::{i}")
+        for file in "abcd"
+        for i in range(9)
+    ]
+    plugin = request.config.pluginmanager.get_plugin(str(Path(__file__).parent / "conftest.py"))
+    orders = []
+    for order in (None, "7", "7", "8"):
+        monkeypatch.setattr(plugin, "ORDER", order)
+        plugin.pytest_collection_modifyitems(items := [*tests])
+        orders.append([test.nodeid for test in items])
+        files = [test.path for test in items]
+        assert all(files[i] == files[i + 1] for i in range(35) if i % 9 < 8)  # a file stays whole
+    assert orders[0] == [test.nodeid for test in tests] != orders[1] == orders[2] != orders[3]
+    assert [name for name in orders[1] if name[0] == "a"] != orders[0][:9]
