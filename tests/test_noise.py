@@ -2,6 +2,9 @@
 docs/maths.md, section 3."""
 
 import hashlib
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +267,33 @@ def check_law(rows, cols):
 
 def test_noise_is_standard_normal():
     check_law(2048, 512)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_battery_reads_the_words_of_the_contract(tmp_path):
+    """tools/verify/battery_words.cpp: of one draw, or word by word of eight that differ in one
+    number."""
+    source = Path(__file__).parent.parent / "tools" / "verify" / "battery_words.cpp"
+    program = tmp_path / "words"
+    subprocess.run(["g++", "-std=c++17", "-O1", source, "-o", program], check=True)
+    rows, groups = torch.arange(2), torch.arange(128)
+    for stream, change in {
+        "layer": lambda i: (SEED, rows, 0),
+        "layers": lambda i: (SEED + torch.tensor([0, i]), rows, 0),
+        "samples": lambda i: (SEED, rows, i),
+        "steps": lambda i: (SEED + torch.tensor([i, 0]), rows, 0),
+        "rows": lambda i: (SEED, rows + (i << 32), 0),
+    }.items():
+        draws = [
+            reference.words(seed, row, groups, sample).reshape(2, -1)
+            for seed, row, sample in map(change, range(1 if stream == "layer" else 8))
+        ]
+        want = torch.stack(draws, dim=-1).numpy().astype("<u4").tobytes()
+        words = subprocess.Popen([program, stream, tmp_path / "count"], stdout=subprocess.PIPE)
+        got = words.stdout.read(len(want))
+        words.stdout.close()
+        words.wait(timeout=60)
+        assert got == want, stream
 
 
 @pytest.mark.slow
