@@ -56,6 +56,23 @@ def test_a_run_that_is_killed_and_restarted_ends_with_the_same_weights(ranks, on
     torch.testing.assert_close(single, want, rtol=1e-2, atol=2e-3)
 
 
+def test_a_checkpoint_that_was_not_written_whole_is_not_named(one_rank, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples/cluster"))
+    import train
+
+    whole = train.dcp.save
+
+    def save(content, checkpoint_id):
+        if checkpoint_id.endswith("step-8"):
+            raise KeyboardInterrupt
+        whole(content, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr(train.dcp, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        check_train(0, 1, str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "4"
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_path):
     (tmp_path / "config.json").write_text(
