@@ -35,6 +35,7 @@ def test_variants_start_from_the_same_weights_and_only_dip_learns_its_variance()
     for model in models.values():
         assert model[0].weight.equal(models["plain"][0].weight)
     assert not models["fixed sigma"][0].log_variance.requires_grad
+    assert not models["input noise"][0].log_variance.requires_grad
     assert models["dip"][0].log_variance.requires_grad
     assert models["dip"][0].log_variance.equal(models["fixed sigma"][0].log_variance)
     assert [type(m).__name__ for m in models["input noise"] if hasattr(m, "weight")] == [
