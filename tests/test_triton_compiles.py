@@ -161,3 +161,12 @@ def test_blocks_are_powers_of_two_that_matrix_instructions_take(op):
         for size in (chosen.BLOCK_M, chosen.BLOCK_N, chosen.BLOCK_K):
             assert size >= 16 and size & (size - 1) == 0
         assert chosen in blocks.candidates(chosen, op)
+
+
+@pytest.mark.parametrize("op", blocks.TABLE[80])
+def test_tiles_are_timed_anew_for_another_layer_and_for_no_other_number_of_rows(op):
+    """DIPKERNELS_AUTOTUNE=1: batches of many sizes would be timed without end."""
+    chosen = blocks.blocks(op, 90, 4096, 1024, 1024, 2)
+    kernel = linear._linear_bwd_weight_kernel if op == "bwd_weight" else linear._linear_fwd_kernel
+    tuned = linear._tuned(kernel, op, chosen)
+    assert tuned.keys == ["N", "K"] and len(tuned.configs) == len(blocks.candidates(chosen, op)) > 1
