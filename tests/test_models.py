@@ -236,6 +236,18 @@ def logits(model, inputs):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+class Operations(TorchDispatchMode):
+    """Lists every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @ALL
 def test_without_noise_it_is_the_plain_model_to_the_bit_and_each_listed_layer_adds_some(name):
     plain, model, inputs = make(name)
@@ -243,9 +255,13 @@ def test_without_noise_it_is_the_plain_model_to_the_bit_and_each_listed_layer_ad
     rows = dip.summary(model)
     assert [row.number for row in rows] == list(range(MODELS[name][2]))
     with torch.no_grad():
-        base = logits(plain, inputs)
+        with Operations() as of_plain:
+            base = logits(plain, inputs)
         with noise_off():
             assert torch.equal(logits(model, inputs), base)
+        with Operations() as of_model:
+            logits(model, inputs)
+        assert of_model.names == of_plain.names  # so it costs what the plain model costs
         for row in rows:
             layer = model.get_submodule(row.name)
             layer.training = True
