@@ -343,7 +343,7 @@ def smoke(wheel, folder, expect):
 
 
 def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_path, monkeypatch):
-    """And nvcc is found where the build finds it: behind the PATH in CUDA_HOME."""
+    """And nvcc is found where the build finds it: in CUDA_HOME too."""
     (tmp_path / "bin").mkdir()
     (nvcc := tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho Cuda release 13.0, V13.0.88\n")
     nvcc.chmod(0o755)

@@ -86,9 +86,9 @@ def glibc() -> tuple[int, ...]:
 
 def toolkit() -> str:
     """The release of nvcc, such as 12.8, and what it means to the user."""
-    asked = os.environ.get("NVCC") or "nvcc"
-    behind = f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin"  # as setup.py finds it
-    nvcc = shutil.which(asked) or shutil.which(asked, path=behind)
+    asked, home = os.environ.get("NVCC") or "nvcc", os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin", None] if home else [None, "/usr/local/cuda/bin"]  # as setup.py's
+    nvcc = next((path for place in places if (path := shutil.which(asked, path=place))), None)
     if nvcc is None:
         raise SystemExit(
             "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME); --cuda 0 builds a wheel without "
