@@ -459,6 +459,21 @@ def test_a_layer_that_is_skipped_takes_no_noise_of_the_step_before():
     model.k(x).sum().backward()
 
 
+def test_a_layer_that_a_pass_of_predict_skips_draws_its_own_noise_in_the_next(monkeypatch):
+    class Alternating(Attending):
+        def forward(self, x):
+            calls.append(self.k if calls[-1] is self.q else self.q)
+            return calls[-1](x)
+
+    model = dip.convert(Alternating(), share=[("q", "k")], exclude=["attention", "conv"])
+    calls, drawn, fresh = [model.k], [], sharing.fresh
+    monkeypatch.setattr(
+        sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest)
+    )
+    dip.predict(model, torch.randn(2, 3, 6), k=4)
+    assert drawn == calls[1:] == [model.q, model.k] * 2
+
+
 # ---- hooks on the child --------------------------------------------------------------------------
 
 

@@ -69,6 +69,10 @@ class Share:
                 u.register_hook(lambda slope: self._drop(device, lambda e: e.u is same()))
         return u
 
+    def forget(self) -> None:
+        """Let go of what a pass has left to layers that it skipped; the next pass draws its own."""
+        self._entries.clear()
+
     def _drop(self, device: object, is_done: Callable[[_Entry], bool]) -> None:
         if (entry := self._entries.get(device)) is not None and is_done(entry):
             del self._entries[device]

@@ -125,6 +125,9 @@ def predict(
                 if k > 0:
                     noise.enter_context(contexts.sampling_on())
                     noise.enter_context(contexts.numbered_pass(number, count))
+                    for layer in layers.values():
+                        if layer.share is not None:
+                            layer.share.forget()
                 if count > 1:
                     out = folded(run, args, kwargs, count, 0)
                 else:
