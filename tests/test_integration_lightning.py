@@ -14,6 +14,7 @@ from dipkernels.nn.numbering import dip_layers
 
 lightning = pytest.importorskip("lightning")
 from dipkernels.integrations.lightning import DIPCallback, load_from_checkpoint  # noqa: E402
+from dipkernels.integrations.parts import step_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
@@ -79,7 +80,7 @@ def test_the_loss_is_the_objective_written_by_hand(config, answer, tmp_path):
     dip.apply(hand, config, [batch for batch in X.split(8)])
     optimizer = hand.configure_optimizers()
     for step, (x, y) in enumerate(zip(X.split(8), Y.split(8))):
-        with config.noise(step):
+        with config.noise(step_of(step, [x])):
             loss = config.objective(config.trajectories(hand, x), y, F.cross_entropy, hand)
         assert module.losses[step] == pytest.approx(loss.item(), rel=1e-5)
         optimizer.zero_grad()
@@ -385,6 +386,6 @@ def test_micro_batches_have_noise_of_their_own_when_the_last_is_small(tmp_path):
     _, module = fitted(tmp_path, None, DIPCallback(CONFIG, [X]), data=data, **options)
     hand = dip.apply(Module(), CONFIG, [X])
     for i, (x, y) in enumerate(zip(X[:10].split(4), Y[:10].split(4))):
-        with CONFIG.noise(0, row0=4 * i * CONFIG.m):
+        with CONFIG.noise(step_of(0, [x]), row0=4 * i * CONFIG.m):
             want = CONFIG.objective(CONFIG.trajectories(hand, x), y, F.cross_entropy, hand)
         assert module.losses[i] * 3 == pytest.approx(want.item(), rel=1e-5)

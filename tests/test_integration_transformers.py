@@ -23,6 +23,7 @@ from dipkernels.noise import contexts
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
+from dipkernels.integrations.parts import step_of  # noqa: E402
 from dipkernels.integrations.transformers import (  # noqa: E402
     DIPCallback,
     DIPMixin,
@@ -134,7 +135,7 @@ def test_the_loss_is_the_objective_written_by_hand(config, smoothing, tmp_path):
     optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-2, weight_decay=0.1))
     cost = functools.partial(F.cross_entropy, label_smoothing=smoothing)
     for step, batch in enumerate(batches):
-        with dip.fixed_noise(3 * RUN + step):
+        with dip.fixed_noise(step_of(3 * RUN + step, batch)):
             out = dip.trajectories(model.train(), batch["pixel_values"], m=config.m).logits
             terms = {"kl": config.kl, "lambda_s": config.lambda_s}
             loss = dip.objective(out, batch["labels"], cost, model, **terms)
@@ -382,6 +383,27 @@ def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
     assert len(rows) == len(set(rows)) == 11 * CONFIG.m
 
 
+def test_examples_of_several_lengths_have_noise_of_their_own(tmp_path):
+    """Of two micro-batches of 4, the first 6 tokens long, the second 4."""
+    drawn, probe = [], dip.DIPInput(1)
+
+    class Probing(DIPTrainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, model, inputs, *args, **options):
+            count, length = inputs["input_ids"].shape
+            drawn.append(probe(torch.zeros(self.dip_config.m * count, length, 1)).flatten())
+            return super().compute_loss(model, inputs, *args, **options)
+
+    data = [texts(8)[i] for i in range(8)]
+    data[4:] = [{name: ids[:4] for name, ids in each.items()} for each in data[4:]]
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    given = {"train_dataset": data}
+    noisy(tmp_path, model=llama(), kind=Probing, given=given, **sizes).train()
+    assert len(drawn) == 2 and len(torch.cat(drawn).unique()) == CONFIG.m * 4 * (6 + 4)
+
+
 def test_another_config_on_resume_is_said(tmp_path):
     noisy(tmp_path, **SAVING).train()
     folder = tmp_path / "checkpoint-2"
@@ -600,7 +622,7 @@ def test_sft_trains_the_objective_and_leaves_its_fused_head_alone(adapter, tmp_p
         (batch, *_), plain = trained(trainer)
     assert all_moved(trainer.model, start)
     trainer.model.load_state_dict(plain)
-    with dip.fixed_noise(42 * RUN):
+    with dip.fixed_noise(step_of(42 * RUN, batch)):
         out = dip.trajectories(trainer.model.train(), batch["input_ids"], m=2).logits
 
         def cost(logits, labels):
@@ -686,13 +708,14 @@ def test_dpo_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
     given = {"peft_config": lora()}
     trainer = of_trl("DPO", tmp_path, data=pairs(), given=given, beta=1.0, max_steps=1)
     (batch,), plain = trained(trainer)
+    key = step_of(42 * RUN, batch)
     trainer.model.load_state_dict(plain)
     model, mask = trainer.model, batch.pop("completion_mask")[:, 1:]
 
     def scores(logits):  # [m, 2 B, T, V]: the chosen answers, then the rejected
         return (chances(logits, batch["input_ids"]) * mask).sum(-1)
 
-    with dip.fixed_noise(42 * RUN):
+    with dip.fixed_noise(key):
         policy = scores(dip.trajectories(model.train(), m=2, **batch).logits)
     ratio = policy - scores(model.eval()(**batch).logits[None])
     chosen, rejected = ratio.chunk(2, dim=1)
@@ -709,7 +732,7 @@ def test_a_reward_model_learns_by_the_mean_of_its_trajectories(tmp_path):
     trainer = of_trl("Reward", tmp_path, model=model, data=pairs(), max_steps=1)
     (batch,), plain = trained(trainer)
     model.load_state_dict(plain)
-    with dip.fixed_noise(42 * RUN):
+    with dip.fixed_noise(step_of(42 * RUN, batch)):
         rewards = dip.trajectories(model.train(), m=2, **batch).logits[..., 0]
     chosen, rejected = rewards.chunk(2, dim=1)
     want = -F.logsigmoid(chosen - rejected).mean()
@@ -731,7 +754,7 @@ def test_kto_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
     model.load_state_dict(plain)
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
     given = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
-    with dip.fixed_noise(42 * RUN):
+    with dip.fixed_noise(step_of(42 * RUN, batch)):
         policy = (chances(dip.trajectories(model.train(), m=2, **given).logits, ids) * mask).sum(-1)
     ratio = policy - (chances(model.eval()(**given).logits, ids) * mask).sum(-1)
     # The adapter starts at zero: the KL estimate of the plain policy from the reference is 0.
@@ -771,7 +794,7 @@ def test_orpo_learns_by_the_mean_of_its_trajectories(tmp_path):
         return torch.cat(parts).repeat_interleave(2, 0)
 
     ids, mask, labels = both("input_ids", 0), both("attention_mask", 0), both("labels", -100)
-    with dip.fixed_noise(42 * RUN):
+    with dip.fixed_noise(step_of(42 * RUN, batch)):
         logits = model(input_ids=ids, attention_mask=mask).logits
     each, asked = chances(logits, ids), labels[:, 1:] != -100
     mean = (each * asked).sum(-1) / asked.sum(-1)

@@ -31,6 +31,7 @@ from .parts import (
     place_in_batch,
     require_groups,
     size_of_batches,
+    step_of,
     warn_of_another,
     warn_of_faults,
 )
@@ -197,7 +198,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         where = (micro, trainer.global_rank, trainer.world_size)
         size = size_of_batches(trainer.train_dataloader)
         first = place_in_batch(*where, size, _first_size(batch))
-        self._noise.enter_context(config.noise(step, first * config.m))
+        self._noise.enter_context(config.noise(step_of(step, batch), first * config.m))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if not self._checked:

@@ -4,6 +4,7 @@ ranks, m trajectories of a step."""
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..models.check import Report
 from ..models.parameters import load_variances, param_groups, variances
 from ..nn.numbering import dip_layers
 from ..nn.variance import Variance
+from ..noise.contexts import GOLDEN
 from ..training.trajectories import trajectories
 
 
@@ -174,6 +176,18 @@ def size_of_batches(loader: Any) -> int | None:
     sampler that counts tokens, or of a data set that makes batches."""
     own = getattr(loader, "batch_size", None)
     return own or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+
+
+def step_of(step: int, batch: Any) -> int:
+    """What `config.noise` takes for a micro-batch of a step: another number where its examples have
+    other sizes.
+
+    A layer has a row of noise for each token of an example. So those of long examples would run
+    into the next ones of short examples, in another micro-batch or on another rank.
+    """
+    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    sizes = [tuple(each.shape[1:]) for each in leaves if isinstance(each, Tensor) and each.ndim > 1]
+    return step + (zlib.crc32(repr(sizes).encode()) * GOLDEN if sizes else 0)
 
 
 _APART = 2**20  # rows between the micro-batches of a step, where their sizes are not known

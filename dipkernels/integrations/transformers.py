@@ -51,6 +51,7 @@ from .parts import (
     place_in_batch,
     require_groups,
     size_of_batches,
+    step_of,
     warn_of_another,
     warn_of_faults,
 )
@@ -249,7 +250,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         loader = self.callback_handler.train_dataloader
         known = loader is None or size_of_batches(loader)
         first = place_in_batch(*where, self._train_batch_size if known else None, *rows)
-        return config.noise(self.args.seed * _RUN + step, first * config.m)
+        return config.noise(step_of(self.args.seed * _RUN + step, inputs), first * config.m)
 
     def _dip_require_loss(self) -> None:
         """Raise ValueError where the step has gone past this class's compute_loss."""

@@ -108,6 +108,8 @@ class fixed_noise(_State):
         row0: Index of the input's first entry along its LEADING (batch) dimension, >= 0. A worker
             that holds examples b0 .. b1 of a larger batch passes row0=b0 and gets their noise in
             that batch. Under `trajectories` the leading dimension is batch * m: pass row0=b0 * m.
+            Examples must have one size for all workers, and every layer must read them in its
+            leading dimension; otherwise workers draw some rows twice (docs/cluster.md).
 
     Raises:
         TypeError, ValueError: A key or row0 outside these.
