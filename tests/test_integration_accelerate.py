@@ -53,6 +53,16 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
     same(small.state_dict(), big.state_dict(), rtol=1e-4, atol=1e-6)
 
 
+def test_longer_examples_have_noise_of_their_own_where_the_batch_is_given():
+    accelerator, model = trained(4)
+    drawn, probe = [], dip.DIPInput(1)
+    for micro, length in enumerate((12, 4)):
+        batch = torch.zeros(4 * CONFIG.m, length, 1)
+        with step_noise(accelerator, model, 0, batch_size=4, micro=micro, batch=batch):
+            drawn.append(probe(batch).flatten())
+    assert len(torch.cat(drawn).unique()) == CONFIG.m * 4 * (12 + 4)
+
+
 def test_a_saved_state_has_the_config_and_loads_in_another_process(tmp_path):
     accelerator, model = trained(8, folder=tmp_path)
     assert {CONFIG_FILE, VARIANCES_FILE} <= {path.name for path in tmp_path.iterdir()}
