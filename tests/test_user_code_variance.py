@@ -8,6 +8,7 @@ import inspect
 import math
 import pickle
 import sys
+import threading
 import warnings
 import weakref
 from unittest import mock
@@ -457,6 +458,20 @@ def test_a_layer_that_is_skipped_takes_no_noise_of_the_step_before():
     assert not model.q.share._entries
     first.step()
     model.k(x).sum().backward()
+
+
+def test_a_pass_in_another_thread_does_not_come_between_layers_that_share(monkeypatch):
+    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
+    drawn, fresh = [], sharing.fresh
+    monkeypatch.setattr(
+        sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest)
+    )
+    x, other = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    model.q(x)
+    thread = threading.Thread(target=model.q, args=[other])
+    thread.start(), thread.join()
+    model.k(x)
+    assert drawn == [model.q, model.q]
 
 
 def test_a_layer_that_a_pass_of_predict_skips_draws_its_own_noise_in_the_next(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -34,15 +35,15 @@ class Share:
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        # by device, for nn.DataParallel's replicas share this object
+        # by device, for nn.DataParallel's replicas share this object, and by thread
         self._entries: dict[Any, _Entry] = {}
 
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         compiling = worlds.tracing()
         version = None if compiling or x.is_inference() else x._version
         place = (version, dtype, torch.is_grad_enabled(), contexts.row0())
-        device = "compiled" if compiling else x.device
-        entry = self._entries.get(device)
+        caller = "compiled" if compiling else (x.device, threading.get_ident())
+        entry = self._entries.get(caller)
         if (
             entry is not None
             and (entry.x if compiling else entry.x()) is x
@@ -54,28 +55,28 @@ class Share:
         else:
             served, u = (layer,), fresh(layer, x, dtype)
         if len(served) == self.num_layers:
-            self._entries.pop(device, None)
+            self._entries.pop(caller, None)
         else:
             held = (
                 x
                 if compiling
-                else weakref.ref(x, lambda dead: self._drop(device, lambda e: e.x is dead))
+                else weakref.ref(x, lambda dead: self._drop(caller, lambda e: e.x is dead))
             )
-            self._entries[device] = _Entry(held, place, contexts.KEY, served, u)
+            self._entries[caller] = _Entry(held, place, contexts.KEY, served, u)
             if len(served) == 1 and not compiling and x.grad_fn is None and u.requires_grad:
                 # A model's input outlives the step: a layer that this one skips would take u in the
                 # next.
                 same = weakref.ref(u)
-                u.register_hook(lambda slope: self._drop(device, lambda e: e.u is same()))
+                u.register_hook(lambda slope: self._drop(caller, lambda e: e.u is same()))
         return u
 
     def forget(self) -> None:
         """Let go of what a pass has left to layers that it skipped; the next pass draws its own."""
         self._entries.clear()
 
-    def _drop(self, device: object, is_done: Callable[[_Entry], bool]) -> None:
-        if (entry := self._entries.get(device)) is not None and is_done(entry):
-            del self._entries[device]
+    def _drop(self, caller: object, is_done: Callable[[_Entry], bool]) -> None:
+        if (entry := self._entries.get(caller)) is not None and is_done(entry):
+            del self._entries[caller]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_layers": self.num_layers, "_entries": {}}
