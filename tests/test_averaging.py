@@ -493,6 +493,54 @@ def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_erro
     assert (dip.predict(model, x, k=0, average="logits") - exact).abs().max() > 0.01
 
 
+class _Summed(nn.Module):
+    """An activation behind a sum that has the outputs of one or two layers in it."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.a, self.b, self.form = nn.Linear(8, 8), nn.Linear(8, 8), form
+
+    def forward(self, x):
+        return self.form(x, self.a(x), self.b(x))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, a, b: F.relu(x + a),
+        lambda x, a, b: F.gelu(a - b.view(a.shape)),
+        lambda x, a, b: torch.tanh(1 - (a + x).clone()),
+        lambda x, a, b: F.relu(a.add_(b)),
+    ],
+)
+def test_analytic_prediction_of_a_sum_before_an_activation_is_exact(form):
+    torch.manual_seed(0)
+    model, x = dip.convert(_Summed(form), init_variance=0.5), torch.randn(5, 8)
+    exact = dip.predict(model, x, method="analytic", average="logits")
+    outs = dip.predict(model, x, k=4000, chunk=1000, average=None)
+    assert ((outs.mean(0) - exact).abs() / (outs.std(0) / 4000**0.5 + 1e-3)).max() <= 4.5
+    assert (dip.predict(model, x, k=0, average="logits") - exact).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, a, b: F.relu((a + x) + (a + b)),
+        lambda x, a, b: F.relu(torch.cat([a, b], -1).chunk(2, -1)[0]),
+        lambda x, a, b: F.relu(x * a),
+        lambda x, a, b: F.relu(torch.add(a, b, alpha=2)),
+        lambda x, a, b: F.relu(a.mT),
+    ],
+)
+def test_analytic_prediction_refuses_what_is_computed_before_an_activation(form):
+    model = dip.convert(_Summed(form), init_variance=0.5)
+    with pytest.raises(ValueError, match="'a' goes into relu, and its variance is not"):
+        dip.predict(model, torch.randn(5, 8), method="analytic")
+    shared = dip.convert(_Summed(lambda x, a, b: F.relu(a + b)), share=[["a", "b"]])
+    with pytest.raises(ValueError, match="'a' goes into relu, and its variance is not"):
+        dip.predict(shared, torch.randn(5, 8), method="analytic")
+
+
 def test_analytic_prediction_of_layers_with_their_own_activation_and_samples():
     torch.manual_seed(0)
     plain = dip.convert(

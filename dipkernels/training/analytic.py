@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional
 from ..models.probe import input_of
+from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
 from ..nn.numbering import dip_layers
 from ..noise import contexts
@@ -29,43 +30,53 @@ from ..ops import expectation
 _ACTIVATIONS = {"relu", "gelu", "silu", "tanh"}
 # Keep columns columns: the same values in another shape.
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
-_SHAPES |= {"contiguous", "clone", "to", "float"}
+_SHAPES |= {"contiguous", "clone", "to", "float", "detach", "type_as"}
 # Linear in one pre-activation, or in each of several layers', whose noises are independent: the
 # mean goes through.
-_SUMS = {"add", "sub", "rsub", "neg", "sum", "mean", "cat", "stack"}
+_ADDS = {"add", "sub", "rsub", "neg"}
+_SUMS = _ADDS | {"sum", "mean", "cat", "stack"}
 _POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 _PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d", "conv2d"}
-_ORDERS = {"transpose", "permute", "movedim", "t", "T", "mT", "roll", "type_as", "detach"}
+_ORDERS = {"transpose", "permute", "movedim", "t", "T", "mT", "roll"}
 _PARTS = {"chunk", "split", "getitem", "index_select", "select", "narrow", "unbind"}
 _REPEATS = {"expand", "repeat", "repeat_interleave", "pad", "where", "masked_fill"}
 # Not linear: they read the mean, as in Algorithm 3.
 _NORMS = {"layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}
 _ATTENTION = {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
 _LOSSES = {"log_softmax", "cross_entropy", "argmax"}
-_THROUGH = _SUMS | _POOLS | _PRODUCTS | _ORDERS | _PARTS | _REPEATS
-_THROUGH |= _NORMS | _ATTENTION | _LOSSES
+_FACTORS = {"mul", "div", "truediv"}
+_LINEAR = _SUMS | _POOLS | _ORDERS | _PARTS | _REPEATS
+_THROUGH = _LINEAR | _PRODUCTS | _NORMS | _ATTENTION | _LOSSES
 
 
 class _Normal(NamedTuple):
     """What is known of a tensor: its values are means, v [N] the variances; None where they differ
-    from row to row."""
+    from row to row.
+
+    draws: whose noise is in it, where it was computed from the outputs of layers; none for an output
+    itself. What was computed may go anywhere but into an activation whose mean is not known.
+    """
 
     tensor: weakref.ref[Tensor]
     v: Tensor | None
     layer: str
+    draws: tuple[object, ...] = ()
 
 
 class _Expectations(TorchFunctionMode):
     """Follows the outputs of DIP layers to the activations behind them."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, DIPLayer]) -> None:
         super().__init__()
         self._normals: dict[int, _Normal] = {}
+        self._draws = {name: layer.share or layer for name, layer in layers.items()}
 
-    def mark(self, tensor: Tensor, v: Tensor | None, layer: str) -> None:
+    def mark(
+        self, tensor: Tensor, v: Tensor | None, layer: str, draws: tuple[object, ...] = ()
+    ) -> None:
         key = id(tensor)
         self._normals[key] = _Normal(
-            weakref.ref(tensor, lambda _: self._normals.pop(key, None)), v, layer
+            weakref.ref(tensor, lambda _: self._normals.pop(key, None)), v, layer, draws
         )
 
     def _find(self, value: object) -> _Normal | None:
@@ -94,8 +105,14 @@ class _Expectations(TorchFunctionMode):
         drops = args[2] if len(args) > 2 else kwargs.get("training", True)
         if name in _SHAPES or (name == "dropout" and not drops):
             return self._like(out, normal)
+        if name in _LINEAR | _FACTORS or name.startswith("get"):
+            self._computed(out, found, name in _ADDS and not kwargs)
+        found = [n for n in found if not n.draws]
+        if not found:
+            return out
+        normal = found[0]
         twice = len({n.layer for n in found}) < len(found)
-        if name in ("mul", "div", "truediv") and not twice:
+        if name in _FACTORS and not twice:
             factors = [a for a in args if self._find(a) is None]
             if len(found) == 1 and factors and not isinstance(factors[0], Tensor):
                 raise self._error(normal, f"{name} by a number, which analytic does not follow")
@@ -111,8 +128,21 @@ class _Expectations(TorchFunctionMode):
         """The same values in another shape. Whose columns are no longer the layer's outputs has no
         v."""
         kept = normal.v is not None and out.shape[-1:] == normal.v.shape
-        self.mark(out, normal.v if kept else None, normal.layer)
+        self.mark(out, normal.v if kept else None, normal.layer, normal.draws)
         return out
+
+    def _computed(self, out: Any, found: list[_Normal], adds: bool) -> None:
+        """What is linear in the outputs of layers: of a sum with noises apart the variance is their
+        variances' sum."""
+        draws = tuple(draw for n in found for draw in n.draws or (self._draws[n.layer],))
+        each = (
+            [n.v for n in found if n.v is not None and n.v.shape == out.shape[-1:]] if adds else []
+        )
+        known = len(each) == len(found) and len(set(draws)) == len(draws)
+        v = sum((v.to(out.device) for v in each[1:]), each[0].to(out.device)) if known else None
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.mark(tensor, v, found[0].layer, draws)
 
     def _activate(
         self,
@@ -175,7 +205,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"model: method='analytic' takes layers that noise their own input, got {producers} "
             "that noise their output (convert with place='producer'). Use method='sample'"
         )
-    mode = _Expectations()
+    mode = _Expectations(dip_layers(model))
 
     def behind(name: str) -> Callable[..., Tensor | None]:
         def hook(
