@@ -180,17 +180,21 @@ class DIPConfig:
 
     # ---- what a training loop calls
 
-    def noise(self, step: int, row0: int = 0) -> contextlib.AbstractContextManager[object]:
-        """The noise of a training step: `fixed_noise(key + step, row0)`; no effect if key is None.
+    def noise(
+        self, step: int, row0: int = 0, entries: int = 0
+    ) -> contextlib.AbstractContextManager[object]:
+        """The noise of a training step: `fixed_noise(key + step, row0, entries)`; no effect if key
+        is None.
 
         Args:
             step: The optimiser step, >= 0; another number for each step, otherwise steps share
                 noise.
             row0: Index of this process's first example in the global batch, times m.
+            entries: Number of this process's examples, times m, as `fixed_noise`'s.
         """
         if self.key is None:
             return contextlib.nullcontext()
-        return fixed_noise(self.key + integer("step", step, 0), row0)
+        return fixed_noise(self.key + integer("step", step, 0), row0, entries)
 
     def trajectories(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`dip.trajectories` with m: [m, B, ...]."""

@@ -384,7 +384,8 @@ def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
 
 
 def test_examples_of_several_lengths_have_noise_of_their_own(tmp_path):
-    """Of two micro-batches of 4, the first 6 tokens long, the second 4."""
+    """Of three micro-batches of 4, two of 6 tokens and one of 4; all tokens in one dimension, as
+    experts read them."""
     drawn, probe = [], dip.DIPInput(1)
 
     class Probing(DIPTrainer):
@@ -393,15 +394,15 @@ def test_examples_of_several_lengths_have_noise_of_their_own(tmp_path):
 
         def compute_loss(self, model, inputs, *args, **options):
             count, length = inputs["input_ids"].shape
-            drawn.append(probe(torch.zeros(self.dip_config.m * count, length, 1)).flatten())
+            drawn.append(probe(torch.zeros(self.dip_config.m * count * length, 1)))
             return super().compute_loss(model, inputs, *args, **options)
 
-    data = [texts(8)[i] for i in range(8)]
-    data[4:] = [{name: ids[:4] for name, ids in each.items()} for each in data[4:]]
-    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    data = [texts(12)[i] for i in range(12)]
+    data[8:] = [{name: ids[:4] for name, ids in each.items()} for each in data[8:]]
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 1}
     given = {"train_dataset": data}
     noisy(tmp_path, model=llama(), kind=Probing, given=given, **sizes).train()
-    assert len(drawn) == 2 and len(torch.cat(drawn).unique()) == CONFIG.m * 4 * (6 + 4)
+    assert len(drawn) == 3 and len(torch.cat(drawn).unique()) == CONFIG.m * 4 * (6 + 6 + 4)
 
 
 def test_another_config_on_resume_is_said(tmp_path):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dipkernels.models.convert import convert
 from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import number_layers
 from dipkernels.noise import contexts, seeds
@@ -140,10 +141,33 @@ def test_row0_gives_a_shard_the_noise_of_its_place_in_the_batch(layer, shape):
     x = torch.randn(shape)
     with fixed_noise(5):
         whole = layer(x)
-    with fixed_noise(5, row0=4):
-        part = layer(x[4:])
-    torch.testing.assert_close(part, whole[4:], rtol=1e-5, atol=1e-5)
+    for entries in (0, 2):
+        with fixed_noise(5, row0=4, entries=entries):
+            part = layer(x[4:])
+        torch.testing.assert_close(part, whole[4:], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(layer(x)[4:], part)
+
+
+@pytest.mark.parametrize(
+    "shape, one_after_another",
+    [
+        (lambda n: (n, 3, 4), True),
+        (lambda n: (n * 3, 4), True),  # tokens
+        (lambda n: (n * 3, 2, 4), True),  # windows
+        (lambda n: (3, n, 4), False),  # the sequence first
+    ],
+)
+def test_entries_gives_workers_rows_of_their_own_wherever_a_layer_reads_examples(
+    shape, one_after_another
+):
+    layer, drawn = DIPInput(4), []
+    for first, n in ((0, 4), (4, 2), (6, 1)):
+        with fixed_noise(5, row0=first, entries=n):
+            drawn.append(layer(torch.zeros(shape(n))).flatten())
+    with fixed_noise(5):
+        whole = layer(torch.zeros(shape(7))).flatten()
+    assert len(torch.cat(drawn).unique()) == len(whole)
+    assert torch.equal(torch.cat(drawn), whole) or not one_after_another
 
 
 def test_first_row_of_an_unbatched_image_counts_its_pixels():

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..arguments import integer
 from ..config import DIPConfig, require_config, save
-from .parts import place_in_batch, step_of, warn_of_another
+from .parts import place_in_batch, size_of, step_of, warn_of_another
 
 
 def step_noise(
@@ -34,8 +34,9 @@ def step_noise(
         batch_size: Number of examples in a batch of one process. Give the same number for the last
             batch, which may be smaller.
         micro: The number of the micro-batch in the step, under gradient accumulation.
-        batch: The micro-batch itself, where the examples of some are longer than those of others:
-            so none have noise in common.
+        batch: The micro-batch itself. Give it where the examples of some are longer than those of
+            others, or a layer reads them elsewhere than in its leading dimension: so none have
+            noise in common.
 
     Returns:
         A context. If the config has key=None, it does nothing.
@@ -46,7 +47,8 @@ def step_noise(
     config = require_config(model)
     micro, batch_size = integer("micro", micro, 0), integer("batch_size", batch_size, 1)
     first = place_in_batch(micro, accelerator.process_index, accelerator.num_processes, batch_size)
-    return config.noise(step_of(step, batch), first * config.m)
+    entries = 0 if batch is None else size_of(batch) * config.m
+    return config.noise(step_of(step, batch), first * config.m, entries)
 
 
 def keep_config(accelerator: Any, model: nn.Module) -> None:

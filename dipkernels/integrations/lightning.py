@@ -30,6 +30,7 @@ from .parts import (
     one_start,
     place_in_batch,
     require_groups,
+    size_of,
     size_of_batches,
     step_of,
     warn_of_another,
@@ -197,8 +198,10 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         self._at = (step, micro)
         where = (micro, trainer.global_rank, trainer.world_size)
         size = size_of_batches(trainer.train_dataloader)
-        first = place_in_batch(*where, size, _first_size(batch))
-        self._noise.enter_context(config.noise(step_of(step, batch), first * config.m))
+        count = size_of(batch)
+        first = place_in_batch(*where, size, count)
+        noise = config.noise(step_of(step, batch), first * config.m, count * config.m)
+        self._noise.enter_context(noise)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if not self._checked:
@@ -300,8 +303,3 @@ def _require_forward(pl_module: Any) -> None:
             "None; give the callback batches and the module a forward, or call dip.apply on its "
             "network before, or set init_variance=... in the config"
         )
-
-
-def _first_size(batch: Any) -> int:
-    leaves = torch.utils._pytree.tree_leaves(batch)
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)

@@ -178,6 +178,12 @@ def size_of_batches(loader: Any) -> int | None:
     return own or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
 
 
+def size_of(batch: Any) -> int:
+    """The first size of the first tensor in a batch; 1 where there is none."""
+    leaves = pytree.tree_leaves(batch)
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
 def step_of(step: int, batch: Any) -> int:
     """What `config.noise` takes for a micro-batch of a step: another number where its examples have
     other sizes.

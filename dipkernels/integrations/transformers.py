@@ -250,7 +250,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         loader = self.callback_handler.train_dataloader
         known = loader is None or size_of_batches(loader)
         first = place_in_batch(*where, self._train_batch_size if known else None, *rows)
-        return config.noise(step_of(self.args.seed * _RUN + step, inputs), first * config.m)
+        key = step_of(self.args.seed * _RUN + step, inputs)
+        return config.noise(key, first * config.m, sum(rows) * config.m)
 
     def _dip_require_loss(self) -> None:
         """Raise ValueError where the step has gone past this class's compute_loss."""

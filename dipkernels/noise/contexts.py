@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
-# [row0, 0], without entries: a module's integer would be a constant to torch.compile, and each new
-# one another graph
-ROWS: Tensor = torch.empty(0, 0, device="cpu")
+# [row0, 0, entries], without numbers: a module's integer would be a constant to torch.compile, and
+# each new one another graph
+ROWS: Tensor = torch.empty(0, 0, 0, device="cpu")
 MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
 # what KEY and ROWS came from, on the host: reading a key would stop a GPU
 TAG: tuple[Any, ...] | None = None
@@ -37,6 +37,11 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 pa
 def row0() -> int:
     """First entry of the leading dimension, under fixed_noise; otherwise 0."""
     return ROWS.shape[0]
+
+
+def entries() -> int:
+    """How many entries the leading dimension has, under fixed_noise; 0 where it was not said."""
+    return ROWS.shape[2]
 
 
 def signed(value: int) -> int:
@@ -108,11 +113,14 @@ class fixed_noise(_State):
         row0: Index of the input's first entry along its LEADING (batch) dimension, >= 0. A worker
             that holds examples b0 .. b1 of a larger batch passes row0=b0 and gets their noise in
             that batch. Under `trajectories` the leading dimension is batch * m: pass row0=b0 * m.
-            Examples must have one size for all workers, and every layer must read them in its
-            leading dimension; otherwise workers draw some rows twice (docs/cluster.md).
+            Examples must have one size for all workers; otherwise workers draw some rows twice
+            (docs/cluster.md).
+        entries: Size of the input's leading dimension. Give it beside row0 for a model whose layers
+            read examples elsewhere too: sequence first, windows or tokens of all examples in one
+            dimension. Without it workers draw some of their rows twice there.
 
     Raises:
-        TypeError, ValueError: A key or row0 outside these.
+        TypeError, ValueError: A key, row0 or entries outside these.
 
     Examples:
         >>> layer, x = dip.DIPLinear(4, 2), torch.randn(8, 4)
@@ -126,10 +134,11 @@ class fixed_noise(_State):
     Source: the noise contract, docs/maths.md, section 3.
     """
 
-    def __init__(self, key: int | Tensor, row0: int = 0) -> None:
+    def __init__(self, key: int | Tensor, row0: int = 0, entries: int = 0) -> None:
         super().__init__()
         row0 = integer("row0", row0, 0, 2**62)
-        self._key, self._rows = _key_tensor(key), _rows(row0)
+        self._key = _key_tensor(key)
+        self._rows = _rows(row0, integer("entries", entries, 0, 2**62))
         known = not isinstance(key, Tensor) or (
             self._key.device.type == "cpu" and worlds.has_values(key)
         )
@@ -214,12 +223,12 @@ class numbered_pass(_State):
         if KEY is not None:
             step = _with_zero(self._number * GOLDEN, KEY.device)
             rows = integer("row0", row0() * self._rows_per_entry, 0, 2**62)
-            KEY, ROWS = KEY + step, _rows(rows)
+            KEY, ROWS = KEY + step, _rows(rows, entries() * self._rows_per_entry)
             TAG = (TAG, self._number)
 
 
-def _rows(row0: int) -> Tensor:
-    return torch.empty(row0, 0, device="cpu")
+def _rows(row0: int, entries: int = 0) -> Tensor:
+    return torch.empty(row0, 0, entries, device="cpu")
 
 
 def _key_tensor(key: int | Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def first_row(x: Tensor, dim: int = -1) -> int:
     rows = contexts.row0()
     if rows == 0:
         return 0
-    feature = dim % x.ndim
-    for d in range(1, x.ndim):
+    feature, entries = dim % x.ndim, contexts.entries()
+    for d in range(0 if entries else 1, x.ndim):
         if d != feature:
             rows *= x.shape[d]
-    return rows
+    return rows // entries if entries else rows
