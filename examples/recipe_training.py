@@ -125,6 +125,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             f"--init-sigma: expected 1e-15 to 1e15 with --method {args.method}, got "
             f"{args.init_sigma}"
         )
+    if (args.calibrate or 0) > 1e15:
+        parser.error(f"--calibrate: expected at most 1e15, got {args.calibrate}")
     if not 0 <= args.seed < MAX_SEED:
         parser.error(f"--seed: expected 0 to {MAX_SEED - 1}, got {args.seed}")
     if args.stop_after is not None and args.stop_after < 1:

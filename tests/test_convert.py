@@ -812,6 +812,7 @@ def test_a_first_layer_without_features_says_nothing_of_the_start():
         ([torch.full((5, 4), float("nan"))], {}, "NaN or infinity"),
         ([torch.zeros(0, 4)], {}, r"none reached \['0', '1'\]"),
         ([torch.randn(5, 4)], {"ratio": 0}, "^ratio: "),
+        ([torch.randn(5, 4)], {"ratio": 1e20}, r"^ratio: .* 1e\+20 and start=1.0 at \['0', '1'\]"),
         ([torch.randn(5, 4)], {"start": 0}, "^start: "),
         ([torch.randn(5, 4)], {"floor": -1}, "^floor: "),
         ([torch.randn(5, 4)], {"per": "model"}, "^per: expected 'layer' or 'feature', got 'model'"),

@@ -132,11 +132,22 @@ def calibrate(
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     learned = [layer.log_variance for layer in layers.values()]  # layers may share one
     pull = share * min(1.0, DEEP / len({id(each) for each in learned}))
-    for name, layer in layers.items():
-        spread, level = spreads[name], levels[name]
+    priors = {}  # ln of the prior's variance
+    for name, level in levels.items():
+        spread = spreads[name]
         spread = level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level)
-        at_prior, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
-        set_named(full[name], layer.variance, at_prior + 2 * math.log(start))
-        prior.copy_(dtensor.laid_out_as(at_prior, prior))
+        priors[name] = 2 * (ratio * spread).log()
+    more = 2 * math.log(start)
+    large = [
+        name or "(root)" for name, prior in priors.items() if (prior + max(more, 0) > 88).any()
+    ]
+    if large:
+        raise ValueError(
+            "ratio: expected one whose sigma^2 = (ratio * start * spread)^2 float32 can hold, got "
+            f"{ratio} and start={start} at {large}"
+        )
+    for name, layer in layers.items():
+        set_named(full[name], layer.variance, priors[name] + more)
+        layer.variance.log_prior.copy_(dtensor.laid_out_as(priors[name], layer.variance.log_prior))
         layer.variance.pull.fill_(pull)
     return summary(model)
