@@ -252,6 +252,18 @@ def test_the_gradient_of_the_kl_term_hides_no_layer_without_noise(per, start):
         assert list(found) == ["unused"] and "does not reach the loss" in found["unused"]
 
 
+@pytest.mark.parametrize("moved, size", [(1e-6, 1e-4), (0.05, 1e-7)])
+def test_a_gradient_that_the_kl_terms_rounding_hides_is_no_fault(moved, size):
+    """By SGD, which hardly moves a variance; and in an attention at its start, whose gradients are
+    nearly zeros."""
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    with torch.no_grad():
+        for layer in model:
+            layer.log_variance.add_(moved * torch.rand_like(layer.log_variance))
+    (size * model(X).square().mean() + dip.kl_penalty(model)).backward()
+    assert not faults(model)
+
+
 def test_frozen_variances_are_listed_and_no_fault():
     model = dip.convert(Fused())
     freeze(model)
