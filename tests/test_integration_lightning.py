@@ -129,6 +129,29 @@ def test_a_checkpoint_loads_in_a_new_module_with_its_config(tmp_path):
         fitted(tmp_path, ckpt_path=tmp_path / "plain.ckpt")
 
 
+def test_a_checkpoint_of_weights_alone_has_the_config_too(tmp_path):
+    """Lightning writes it without asking the callbacks."""
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "w", save_weights_only=True)
+    _, module = fitted(tmp_path, None, [DIPCallback(CONFIG), saving], enable_checkpointing=True)
+    again = load_from_checkpoint(Module, tmp_path / "w.ckpt")
+    same(again, module)
+    assert dip.config_of(again) == CONFIG and "on_save_checkpoint" not in vars(module)
+
+
+def test_several_loaders_are_refused_for_calibration_and_trained_with_batches(tmp_path):
+    class Pair(Module):
+        def training_step(self, batch):
+            return sum(F.cross_entropy(self(x), y) for x, y in batch.values())
+
+    def train(callback):
+        loader = DataLoader(TensorDataset(X, Y), 8)
+        return fitted(tmp_path, Pair(), callback, data={"a": loader, "b": loader})
+
+    with pytest.raises(ValueError, match=r"batches: expected some, .* are 2 loaders"):
+        train(DIPCallback(CONFIG))
+    assert len(train(DIPCallback(CONFIG, batches=[X]))[1].losses) == 4
+
+
 def test_sigma_is_logged_by_the_trainers_logger(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

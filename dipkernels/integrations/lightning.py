@@ -157,6 +157,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     def _wrap(self, trainer: Any, pl_module: Any) -> None:
         step, before = pl_module.training_step, vars(pl_module).get("training_step")
+        save = pl_module.on_save_checkpoint
 
         # One that torch.compile made is there, and takes any arguments: Lightning asks which.
         @functools.wraps(step if before is None else inspect.unwrap(step))
@@ -165,10 +166,16 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             out, _ = on_trajectories(lambda b: step(b, *args, **options), batch, config.m)
             return _with_kl(out, pl_module, config)
 
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            # one of weights only calls no callback
+            self.on_save_checkpoint(trainer, pl_module, checkpoint)
+            save(checkpoint)
+
         pl_module.training_step = training_step
+        pl_module.on_save_checkpoint = on_save_checkpoint
 
         def unwrap() -> None:
-            del pl_module.training_step
+            del pl_module.training_step, pl_module.on_save_checkpoint
             if before is not None:
                 pl_module.training_step = before
 
@@ -178,6 +185,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         self._at = (-1, 0)  # of this run, not of one before
         if _UNCALIBRATED in vars(pl_module):
             _require_forward(pl_module)
+            _require_one_loader(trainer.train_dataloader)
             with untouched(pl_module):
                 first = list(itertools.islice(trainer.train_dataloader, self.calibration_batches))
                 first = [trainer.precision_plugin.convert_input(batch) for batch in first]
@@ -302,4 +310,13 @@ def _require_forward(pl_module: Any) -> None:
             "batches: expected some, because the module has no forward to calibrate with, got "
             "None; give the callback batches and the module a forward, or call dip.apply on its "
             "network before, or set init_variance=... in the config"
+        )
+
+
+def _require_one_loader(loaders: Any) -> None:
+    if isinstance(loaders, (Mapping, list, tuple)):
+        raise ValueError(
+            f"batches: expected some, because the training data are {len(loaders)} loaders, whose "
+            "batches the module's forward does not take as they come, got None; give the callback "
+            "batches, or set init_variance=... in the config"
         )
