@@ -222,6 +222,24 @@ def test_predictions_are_means_of_k_noisy_passes_where_the_config_says_so(averag
     assert found.metrics["test_loss"] == pytest.approx(plain, rel=1e-5)
 
 
+def test_predictions_of_several_outputs_or_of_tokens_are_refused_with_k(tmp_path):
+    """Before, the first were the plain network's, and nothing said so."""
+
+    class Answers(DIPTrainer):
+        kind = "two"
+
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            loss, out = super().compute_loss(model, inputs, return_outputs=True, **options)
+            one = out.logits if self.kind == "two" else out.logits.argmax(-1)
+            parts = [loss, one, one] if self.kind == "two" else [loss, one]
+            return (loss, parts) if return_outputs else loss
+
+    trainer = noisy(tmp_path, dip.DIPConfig(ratio=0.5, k=2), kind=Answers)
+    for trainer.kind, came in (("two", "tuple|list"), ("tokens", "torch.int64")):
+        with pytest.raises(ValueError, match=rf"k: expected 0 for predictions .* 2 and ({came})"):
+            trainer.predict(images())
+
+
 LOAD = """
 import sys, torch, transformers
 from dipkernels.integrations.transformers import from_pretrained

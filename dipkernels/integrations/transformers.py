@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..arguments import integer
+from ..arguments import described, integer
 from ..config import (
     CONFIG_FILE,
     VARIANCES_FILE,
@@ -334,8 +334,13 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             model, inputs, prediction_loss_only, ignore_keys
         )
         config = config_of(self.model)
-        if config is None or config.k == 0 or not isinstance(logits, Tensor):
+        if config is None or config.k == 0 or logits is None:
             return loss, logits, labels  # no logits for prediction_loss_only
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise ValueError(
+                "k: expected 0 for predictions that are not one floating tensor of logits, got "
+                f"{config.k} and {described(logits)}; set k=0, and call dip.predict in your own code"
+            )
         prepared = self._prepare_inputs(inputs)
         own = {name: v for name, v in prepared.items() if name not in self.label_names}
         mean: Tensor = config.predict(model, **own)
