@@ -308,6 +308,15 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     noisy(tmp_path, None, model, given={"optimizers": (optimizer, None)}).train()
 
 
+def test_the_head_that_ligers_loss_reads_stays_plain(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", lambda *_: None)
+    for fused, count in ((False, 15), (True, 14)):
+        trainer = noisy(tmp_path, CONFIG, llama(), use_liger_kernel=fused)
+        assert len(dip_layers(trainer.model)) == count
+        assert ("lm_head" in dip_layers(trainer.model)) is not fused
+        assert ("lm_head" in trainer.dip_config.exclude) is fused
+
+
 def test_replicas_that_would_share_noise_and_zero_3_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     args._n_gpu = 2
