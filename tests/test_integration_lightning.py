@@ -138,6 +138,16 @@ def test_a_checkpoint_of_weights_alone_has_the_config_too(tmp_path):
     assert dip.config_of(again) == CONFIG and "on_save_checkpoint" not in vars(module)
 
 
+def test_a_layer_that_the_loss_reads_past_is_named_after_the_first_step(tmp_path):
+    class Past(Module):
+        def training_step(self, batch):
+            head = self.net[2]
+            return F.cross_entropy(F.linear(self.net[:2](batch[0]), head.weight), batch[1])
+
+    with pytest.warns(UserWarning, match=r"(?s)after the first step .*net\.2: its variance got"):
+        fitted(tmp_path, Past())
+
+
 def test_several_loaders_are_refused_for_calibration_and_trained_with_batches(tmp_path):
     class Pair(Module):
         def training_step(self, batch):
