@@ -194,6 +194,15 @@ def test_early_stopping_leaves_the_best_model_and_its_variances(kind, tmp_path):
     same(trainer.model, best)
 
 
+def test_calibration_leaves_the_random_state_to_the_training(tmp_path):
+    """So data come in the order of a plain run's."""
+    states = []
+    for kind, given in ((transformers.Trainer, {}), (DIPTrainer, {"dip": CONFIG})):
+        kind(vit(), arguments(tmp_path), train_dataset=images(), **given)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_sigma_share_and_kl_are_logged_with_the_loss(tmp_path):
     trainer = noisy(tmp_path, logging_steps=3)
     before = dip.metrics(trainer.model)
