@@ -220,7 +220,7 @@ def _learns_from_the_loss(layer: DIPLayer, slope: Tensor | None) -> bool:
     # The loss's part is often a twentieth of weight times slope. An attention's is very small at
     # its start.
     weight = weight_of(layer)
-    if not _nonzero(slope) or not _nonzero(weight):
+    if slope is None or not _nonzero(slope) or not _nonzero(weight):
         return False
     size = full(slope.detach()).abs().max() * full(weight.detach()).abs().max()
     return bool(size <= 30 * rounding.max())
