@@ -169,7 +169,8 @@ def plan():
     else:
         say(f"CUDA kernels: {'yes' if cuda else 'no'} (DIPKERNELS_CUDA)")
     say(
-        f"CPU kernels: {'yes, ' + ' '.join(capabilities(compiler)) if cpu else 'no (DIPKERNELS_CPU=0)'}"
+        "CPU kernels: "
+        f"{'yes, ' + ' '.join(capabilities(compiler)) if cpu else 'no (DIPKERNELS_CPU=0)'}"
     )
     return cpu, cuda, compiler, nvcc
 
@@ -200,7 +201,10 @@ def ninja_file(cpu, cuda, compiler, nvcc):
     # Error messages carry file names: relative ones, so that a library says nothing of where it was
     # built.
     prefix = "-ffile-prefix-map=source/= -ffile-prefix-map=torch/="
-    flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math {prefix}"
+    flags = (
+        "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
+        f"-fno-trapping-math {prefix}"
+    )
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     ldflags = os.environ.get("LDFLAGS", "").replace("$", "$$")

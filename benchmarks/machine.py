@@ -51,7 +51,10 @@ def _cpu_name() -> str:
     }
     if "model name" not in first:
         return platform.processor() or platform.machine()
-    return f"{first['model name']} (family {first.get('cpu family', '?')}, model {first.get('model', '?')})"
+    return (
+        f"{first['model name']} (family {first.get('cpu family', '?')}, model "
+        f"{first.get('model', '?')})"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -109,7 +112,8 @@ def sentence(found: dict) -> str:
     """One line for tables, plots and documentation."""
     changed = " (modified)" if found["modified"] else ""
     in_place = ", memory in place" if found.get("glibc_tunables") == IN_PLACE else ""
-    cpu = f"{found['cpu']}, {found['threads']} of {found['cores']} cores, {found['instruction_set']}{in_place}"
+    cores = f"{found['threads']} of {found['cores']} cores"
+    cpu = f"{found['cpu']}, {cores}, {found['instruction_set']}{in_place}"
     where = found.get("gpu") or cpu
     return (
         f"{where}; torch {found['torch']}; commit {found['commit']}{changed}; "

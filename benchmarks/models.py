@@ -168,7 +168,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         if not pages:
             parser.error(
                 "--docs: expected a place for this kind of processor in "
-                f"docs/{report.page_of(found).name}, <!-- {place}:begin --> and {place}:end, found none"
+                f"docs/{report.page_of(found).name}, <!-- {place}:begin --> and {place}:end, "
+                "found none"
             )
     start = time.perf_counter()
     rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds, args.clock)

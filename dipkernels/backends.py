@@ -204,13 +204,17 @@ def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]])
     for number, gpu in enumerate(gpus):
         if any(arch[0] == gpu[0] and arch[1] <= gpu[1] for arch in archs):
             continue
-        here = f"GPU {number} is sm_{gpu[0]}{gpu[1]}, the compiled kernels are for {' '.join(f'sm_{a}' for a in library.cuda_archs)}"
+        built = " ".join(f"sm_{a}" for a in library.cuda_archs)
+        here = f"GPU {number} is sm_{gpu[0]}{gpu[1]}, the compiled kernels are for {built}"
         if gpu < (8, 0):
             return f"{here}, and they need sm_80 or newer"
         if gpu < archs[-1]:
             return f"{here} and newer: build for it with DIPKERNELS_CUDA_ARCHS={gpu[0]}{gpu[1]}"
         if driver < 1000 * major + 10 * minor:
-            return f"{here} and PTX, for which the driver must offer CUDA {major}.{minor} and offers {offered}: update the driver"
+            return (
+                f"{here} and PTX, for which the driver must offer CUDA {major}.{minor} and offers "
+                f"{offered}: update the driver"
+            )
     return None
 
 
@@ -449,7 +453,10 @@ def _obstacle(name: str, device: str) -> str | None:
     if name == "cuda":
         return _cuda_problem if device == "cuda" else "it runs on CUDA tensors"
     if name == "triton" and device != "cuda" and not (device == "cpu" and _INTERPRETS):
-        return "it runs on CUDA tensors, and on CPU tensors by its interpreter (TRITON_INTERPRET=1 at import)"
+        return (
+            "it runs on CUDA tensors, and on CPU tensors by its interpreter (TRITON_INTERPRET=1 "
+            "at import)"
+        )
     return None
 
 

@@ -123,7 +123,8 @@ def lipschitz(
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2, bias=False)))
         >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([3.0, 1.0])))
-        >>> [round(value, 2) for value in dip.diagnostics.lipschitz(model, torch.randn(4, 2)).tolist()]
+        >>> found = dip.diagnostics.lipschitz(model, torch.randn(4, 2))
+        >>> [round(value, 2) for value in found.tolist()]
         [3.0, 3.0, 3.0, 3.0]
 
     Source: arXiv 2506.04690 claims a lower one for the noised predictor.
@@ -181,7 +182,8 @@ def smoothness(
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2)))
-        >>> dip.diagnostics.smoothness(model, torch.randn(4, 2), lambda out: out.square().sum(-1)).shape
+        >>> x, loss = torch.randn(4, 2), lambda out: out.square().sum(-1)
+        >>> dip.diagnostics.smoothness(model, x, loss).shape
         torch.Size([4])
 
     Source: arXiv 2506.04690, second-order smoothness.

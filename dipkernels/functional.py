@@ -161,8 +161,9 @@ def dip_linear(
         RuntimeError: A weight or bias of another shape or type, in torch's words.
 
     Examples:
-        >>> x, weight, bias, sigma = torch.randn(8, 4), torch.randn(2, 4), torch.zeros(2), torch.full((4,), 0.1)
-        >>> dip.functional.dip_linear(x, weight, bias, sigma, torch.tensor([7, 0]), activation="gelu").shape
+        >>> x, weight, bias = torch.randn(8, 4), torch.randn(2, 4), torch.zeros(2)
+        >>> sigma, seed = torch.full((4,), 0.1), torch.tensor([7, 0])
+        >>> dip.functional.dip_linear(x, weight, bias, sigma, seed, activation="gelu").shape
         torch.Size([8, 2])
 
     Source: arXiv 2506.04690.

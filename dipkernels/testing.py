@@ -71,7 +71,10 @@ class Comparison:
     def __str__(self) -> str:
         if self:
             return f"{self.op} on {self.backend!r}: as the reference"
-        where = f"{self.op} on {self.backend!r}: result {self.output} differs in {self.count} element(s), first at {self.index}"
+        where = (
+            f"{self.op} on {self.backend!r}: result {self.output} differs in {self.count} "
+            f"element(s), first at {self.index}"
+        )
         return f"{where}\n  got {self.got!r}, expected {self.expected!r}{self.draw}"
 
 

@@ -69,7 +69,10 @@ def load(path: Path) -> tuple[Tensor, Tensor]:
 def _what_is_there(folder: Path) -> str:
     """What lies in its place, and the way out."""
     if (folder / "train").is_file() and (folder / "meta").is_file():
-        return f"got the python version (train, test, meta); unpack {ARCHIVE}, the binary version, and give its folder"
+        return (
+            f"got the python version (train, test, meta); unpack {ARCHIVE}, the binary version, "
+            "and give its folder"
+        )
     inside = [inner.name for inner in sorted(folder.iterdir()) if (inner / "train.bin").is_file()]
     if inside:
         return f"found it one folder further in: {folder / inside[0]}"

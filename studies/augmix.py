@@ -18,7 +18,7 @@ from torch import Tensor
 
 WIDTH, DEPTH, SEVERITY, WEIGHT = 3, 3, 3.0, 12.0
 
-# ---- operations: images [B, C, H, W] in 0 .. 1, level [B] of 0.1 .. SEVERITY, sign [B] of +-1 -----
+# ---- operations: images [B, C, H, W] in 0 .. 1, level [B] of 0.1 .. SEVERITY, sign [B] of +-1
 
 
 def autocontrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:

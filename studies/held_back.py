@@ -1,16 +1,16 @@
 """Does the recipe help where nobody has looked? Tasks on which no default was chosen.
 
-    python studies/held_back.py              writes out/studies/held_back/{summary.json,table.md,table*.svg}
+    python studies/held_back.py     writes out/studies/held_back/{summary.json,table.md,table*.svg}
     python studies/held_back.py --batch-norm --out out/studies/batch_norm
         # seven tasks of the bench, by networks with BatchNorm
     python studies/held_back.py --methods light  plain and some of the others
     python studies/held_back.py --strengths  prints the strengths of attack and noise below
     python studies/held_back.py --quick      two small tasks, one seed: does it run?
 
-Plain training, the recipe with nothing set, the recipe with a start at 0.3 of the prior, "light" with
-that start and kl 0.1, and the same sigma fixed; by AdamW at a constant rate, with a cosine, and by
-SGD. The last seven of the twenty were added after kl 0.4 and its pull had been chosen; the others
-were looked at meanwhile.
+Plain training, the recipe with nothing set, the recipe with a start at 0.3 of the prior, "light"
+with that start and kl 0.1, and the same sigma fixed; by AdamW at a constant rate, with a cosine,
+and by SGD. The last seven of the twenty were added after kl 0.4 and its pull had been chosen; the
+others were looked at meanwhile.
 The strengths come from a rule, not from taste: of what plain training of another seed knows beyond
 guessing, PGD leaves half and noise two thirds. About twenty-five minutes of one core.
 """

@@ -1,7 +1,7 @@
 """Fashion-MNIST, a small CNN and a small ViT: is it the allocation of the noise or its amount; and
 the paper's own column.
 
-    python studies/images.py              writes out/studies/images/{summary.json,table.md,table*.svg}
+    python studies/images.py     writes out/studies/images/{summary.json,table.md,table*.svg}
     python studies/images.py --model vit --images 1000 --trainings tuned    one table of them
     python studies/images.py --strengths  prints the strengths of training under perturbation
     python studies/images.py --quick      two methods, one seed, few steps: does it run?

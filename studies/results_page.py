@@ -30,7 +30,8 @@ FOLDER = ROOT / "docs" / "results"
 def environment() -> dict[str, str | int]:
     """Machine, versions and date: what every stored figure carries."""
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) "
+        "used",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -518,7 +518,8 @@ def search_table(studies: list[Study]) -> str:
         for method, trials in sorted(study.store.values.get("search", {}).items()):
             best = max(score for score, _ in trials)
             cells = [
-                f"{_setting(s)}: {'**' if score == best else ''}{score:.1f}{'**' if score == best else ''}"
+                f"{_setting(s)}: "
+                f"{'**' if score == best else ''}{score:.1f}{'**' if score == best else ''}"
                 for score, s in trials
             ]
             rows.append([study.arch, method, "; ".join(cells)])

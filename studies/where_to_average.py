@@ -292,9 +292,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         f"\nTest accuracy, %; mean ± standard deviation over {seeds} seed(s); seconds of one "
         f"processor\n\n{tables}"
     )
-    print(
-        f"\nwrote {', '.join(str(args.out / name) for name in ('results.json', 'table.md', 'averaging.png'))}"
-    )
+    files = ("results.json", "table.md", "averaging.png")
+    print(f"\nwrote {', '.join(str(args.out / name) for name in files)}")
     return runs
 
 

@@ -189,7 +189,8 @@ struct Norm {
     const C* x = load_run<C>(args.x, at(args.x, s.row, s.col), s.n, buffer);
     const C* du = load_run<C>(args.du, at(args.du, s.row, s.col), s.n, gradient);
     C* __restrict dx = run_target<C>(args.dx, at(args.dx, s.row, s.col), target);
-    C* __restrict dweight = sums + s.col, * __restrict dbias = dweight + k, * __restrict dsigma = dbias + k;
+    C* __restrict dweight = sums + s.col;
+    C *__restrict dbias = dweight + k, *__restrict dsigma = dbias + k;
     const C *w = weight + s.col, mean = r.mean, rstd = r.rstd, shift = r.shift, slope = r.slope;
     for (int i = 0; i < s.n; ++i) {
       const C h = (x[i] - mean) * rstd;

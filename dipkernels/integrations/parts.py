@@ -150,7 +150,8 @@ def warn_of_another(stored: DIPConfig, own: DIPConfig, where: str) -> None:
     if stored != own:
         warnings.warn(
             f"dipkernels: {where} was trained by another config: {_differing(stored, own)} (the "
-            "checkpoint's, this run's). This run's holds; give the run the checkpoint's to take that",
+            "checkpoint's, this run's). This run's holds; give the run the checkpoint's to take "
+            "that",
             stacklevel=3,
         )
 
@@ -159,7 +160,8 @@ def warn_of_faults(report: Report) -> None:
     """Warn where `check` has found some after the first step."""
     if not report:
         warnings.warn(
-            f"dipkernels: after the first step {report}\n  An expert that the batch did not reach is "
+            f"dipkernels: after the first step {report}\n  An expert that the batch did not reach "
+            "is "
             "no fault. Leave out layers that the loss reads past: exclude=[...] in the config",
             stacklevel=3,
         )

@@ -262,7 +262,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             raise ValueError(
                 "compute_loss: expected DIPMixin's to be called, which does what the config says, "
                 f"got a step of {type(self).__name__} without it, and so without {lost}; put your "
-                "own compute_loss into a trainer behind the mixin, class Mine(DIPMixin, YourTrainer)"
+                "own compute_loss into a trainer behind the mixin, class Mine(DIPMixin, "
+                "YourTrainer)"
                 ", or call super().compute_loss"
             )
 
@@ -339,7 +340,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise ValueError(
                 "k: expected 0 for predictions that are not one floating tensor of logits, got "
-                f"{config.k} and {described(logits)}; set k=0, and call dip.predict in your own code"
+                f"{config.k} and {described(logits)}; set k=0, and call dip.predict in your own "
+                "code"
             )
         prepared = self._prepare_inputs(inputs)
         own = {name: v for name, v in prepared.items() if name not in self.label_names}

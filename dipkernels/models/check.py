@@ -90,7 +90,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
         RuntimeError: A batch is given for a model that FSDP has sharded.
 
     Examples:
-        >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(8, 4)
+        >>> plain, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(8, 4)
+        >>> model = dip.convert(plain)
         >>> model(x).sum().backward()
         >>> print(dip.check(model))
         check: 0 of 2 DIP layer(s) at fault
@@ -154,7 +155,8 @@ def _replaced(model: nn.Module) -> dict[str, str]:
 # ---- by the gradients that are there -------------------------------------------------------------
 
 _CANCELS = (
-    ", or the loss reads derivatives of its output alone (forces, a gradient penalty), in which the "
+    ", or the loss reads derivatives of its output alone (forces, a gradient penalty), in which "
+    "the "
     "noise of a last layer cancels, and with relu that of every layer"
 )
 
@@ -183,7 +185,8 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
                 faults[name] = (
                     "its variance got a gradient of zeros, or the KL term's alone, and its weight "
                     "got the loss's: it ran without noise (noise_off, or an eval mode inside the "
-                    f"step), or its weight is read without calling the layer (a fused loss){_CANCELS}"
+                    "step), or its weight is read without calling the layer (a fused "
+                    f"loss){_CANCELS}"
                 )
             elif not called and weight.requires_grad and weight.is_leaf:
                 faults[name] = "its variance got no gradient of the loss: " + _why_none(

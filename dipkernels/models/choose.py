@@ -198,7 +198,10 @@ def _matched(names: Names, candidates: set[nn.Module], types: Types) -> list[nn.
 
 def _nothing_matched(model: nn.Module, types: Types, reasons: dict[nn.Module, str]) -> str:
     wanted = " or ".join(f"nn.{t.__name__}" for t in types)
-    text = f"model: expected a {wanted} to convert, found none that types, filter and exclude let through"
+    text = (
+        f"model: expected a {wanted} to convert, found none that types, filter and exclude let "
+        "through"
+    )
     already = len(dip_layers(model))
     if already:
         text += f"; {already} layer(s) are DIP layers already"

@@ -192,8 +192,14 @@ def _adapter_reason(module: nn.Module) -> str | None:
     ):
         return None  # a norm or a whole block, whose layers are converted by themselves
     if isinstance(base, nn.MultiheadAttention):
-        return "an adapter over nn.MultiheadAttention, whose three inputs it reads: put a DIPInput before each"
-    return f"an adapter over {type(base).__name__}, whose input convert does not know: give its name in before=[...]"
+        return (
+            "an adapter over nn.MultiheadAttention, whose three inputs it reads: put a DIPInput "
+            "before each"
+        )
+    return (
+        f"an adapter over {type(base).__name__}, whose input convert does not know: give its name "
+        "in before=[...]"
+    )
 
 
 def _reason(module: nn.Module, types: Types) -> str | None:
@@ -207,17 +213,26 @@ def _reason(module: nn.Module, types: Types) -> str | None:
         if reason is not None or counts_as(module) not in types:
             return reason
     if _looks_like_lora(module):
-        return "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput before it"
+        return (
+            "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput "
+            "before it"
+        )
     of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
     parametrised = nn.utils.parametrize.is_parametrized(module)
     if of_a_kind and counts_as(module) is None and _is_quantised(kind) and not parametrised:
-        return "quantised: give its name in before=[...] to noise its input; to quantise a converted model, call to_plain first"
+        return (
+            "quantised: give its name in before=[...] to noise its input; to quantise a converted "
+            "model, call to_plain first"
+        )
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run one batch through the model, then convert"
     if kind is OUT_PROJECTION and nn.MultiheadAttention not in types:
-        return "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention to types"
+        return (
+            "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention "
+            "to types"
+        )
     attention = isinstance(module, (nn.MultiheadAttention, OUT_PROJECTION))  # never in `before`
     if parametrised:
         way_out = "" if attention else ", or give its name in before=[...]"
@@ -235,7 +250,10 @@ def _reason(module: nn.Module, types: Types) -> str | None:
         return f"its weight is sparse ({weight.layout})"
     data = getattr(weight, "data", None)
     if data is not None and _QUANTISED.search(type(data).__module__):
-        return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
+        return (
+            f"quantised: its weight is a {type(data).__name__}; convert the model before "
+            "quantising it"
+        )
     return None
 
 
@@ -292,7 +310,10 @@ def no_twin(module: nn.Module) -> str | None:
     if replaced := _forward_replaced(module):
         return replaced
     if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
-        return "its forward calls every child in turn, and would call the variance: name its first module"
+        return (
+            "its forward calls every child in turn, and would call the variance: name its first "
+            "module"
+        )
     if first_parameter(kind) is None:
         return "its forward takes no first argument"
     taken = sorted(name for name in _OWN_NAMES if hasattr(module, name))

@@ -130,7 +130,8 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             finite, or a pull is negative.
 
     Examples:
-        >>> old, new = (dip.convert(nn.Sequential(nn.Linear(4, 2)), variance) for variance in (0.04, 0.01))
+        >>> old = dip.convert(nn.Sequential(nn.Linear(4, 2)), 0.04)
+        >>> new = dip.convert(nn.Sequential(nn.Linear(4, 2)), 0.01)
         >>> dip.load_variances(new, dip.variances(old))
         >>> torch.equal(new[0].log_variance, old[0].log_variance)
         True

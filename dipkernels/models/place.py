@@ -206,7 +206,10 @@ class _Planner:
             return f"its input is made in more than one place: {made_by}"
         ((op, where),) = places
         if op in _FUNCTIONS:
-            return f"its input is made by a call of {op} in {where}, not by a module: use {_FUNCTIONS[op]} to move it"
+            return (
+                f"its input is made by a call of {op} in {where}, not by a module: use "
+                f"{_FUNCTIONS[op]} to move it"
+            )
         if op == "mul":
             return (
                 f"its input is made by mul in {where}, whose forward is not exactly "
@@ -256,7 +259,10 @@ class _Planner:
         dtypes = {dtype for call in calls for dtype in call.dtypes if dtype is not None}
         dtypes |= {p.dtype for p in producer.parameters()}
         if len(dtypes) > 1:
-            return f"its input, output and parameters are of mixed types: {sorted(str(d) for d in dtypes)}"
+            return (
+                "its input, output and parameters are of mixed types: "
+                f"{sorted(str(d) for d in dtypes)}"
+            )
         return ""
 
     def _calls_reason(self, calls: list[Call], layers: list[nn.Module]) -> str:
@@ -265,7 +271,10 @@ class _Planner:
             self._name(layer) for layer in self.dims if layer in readers and layer not in layers
         ]
         if len({frozenset(call.readers) for call in calls}) > 1:
-            return "it is called in several places, and different layers read them: give each place a module of its own"
+            return (
+                "it is called in several places, and different layers read them: give each place "
+                "a module of its own"
+            )
         for call in calls:
             if call.elsewhere is not None:
                 return call.elsewhere
@@ -284,7 +293,10 @@ class _Planner:
         if kind is not None:
             return GateProducer if gated else ActivationProducer, {"kind": kind}
         if gated:
-            return f"{type(producer).__name__} is not an activation that the kernels know ({', '.join(ACTIVATIONS)})"
+            return (
+                f"{type(producer).__name__} is not an activation that the kernels know "
+                f"({', '.join(ACTIVATIONS)})"
+            )
         return norm_form(producer)
 
     # ---- gated products

@@ -76,7 +76,8 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
             `calibrate` refuses them.
 
     Examples:
-        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), init_variance=0.04)
+        >>> plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = dip.convert(plain, init_variance=0.04)
         >>> print(dip.summary(model))
         layer  type       number  features  sigma min       mean        max    ratio
         0      DIPLinear       0         4        0.2        0.2        0.2        -

@@ -240,7 +240,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             ("value", value, self.vdim),
         ):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
-                wanted = f"[..., {width}] of {query.dim() if query.dim() in (2, 3) else '2 or 3'} dimensions"
+                count = query.dim() if query.dim() in (2, 3) else "2 or 3"
+                wanted = f"[..., {width}] of {count} dimensions"
                 raise ValueError(f"{name}: expected a tensor {wanted}, got shape {tuple(x.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(

@@ -79,7 +79,8 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
     if sigma.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name}: expected its variance in torch.float32, got {sigma.dtype}; keep it out of "
-            "mixed precision: dipkernels.shard_variances, for FSDP; torch_autocast in place of bf16, "
+            "mixed precision: dipkernels.shard_variances, for FSDP; torch_autocast in place of "
+            "bf16, "
             "for DeepSpeed's stage 0"
         )
 

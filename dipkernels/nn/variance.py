@@ -47,7 +47,8 @@ def require_finite_values(argument: str, log_variances: Mapping[str, Tensor]) ->
     found = torch.stack([each.to(finite[0].device) for each in finite]).tolist() if finite else []
     if broken := [name for name, fine in zip(log_variances, found, strict=True) if not fine]:
         raise ValueError(
-            f"{argument}: expected finite variances, got NaN or infinity in {broken}, where sigma^2 "
+            f"{argument}: expected finite variances, got NaN or infinity in {broken}, where "
+            "sigma^2 "
             "= exp(log_variance); a step with such gradients spoils them: load_variances or "
             "calibrate sets them anew"
         )
@@ -158,9 +159,15 @@ class Variance(nn.Module):
     def cannot_set(self) -> str | None:
         """Why log_variance cannot be set, as the end of a sentence; None where it can."""
         if self.log_variance.is_meta:
-            return "on the meta device (offloaded, or not loaded yet): set it before the model is dispatched"
+            return (
+                "on the meta device (offloaded, or not loaded yet): set it before the model is "
+                "dispatched"
+            )
         if in_zero(self.log_variance):
-            return "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before deepspeed.initialize"
+            return (
+                "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before "
+                "deepspeed.initialize"
+            )
         if self.hides(self.log_variance):
             return "kept elsewhere by FSDP1: set it before the model is wrapped"
         if "log_variance" in self._parameters:
@@ -229,7 +236,8 @@ class Variance(nn.Module):
         if self.hides(value):
             raise ValueError(
                 f"log_variance: expected {self.num_features} values, got a part of them or freed "
-                "memory: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO-3 has them elsewhere. "
+                "memory: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO-3 has them "
+                "elsewhere. "
                 "Train with fully_shard (FSDP2); to read them, call this inside summon_full_params "
                 "of FSDP1, or inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
             )
@@ -243,7 +251,8 @@ class Variance(nn.Module):
         self.require_whole(value)
         if value.is_meta:
             raise ValueError(
-                "log_variance: expected values, got none yet, for it is on the meta device: load or "
+                "log_variance: expected values, got none yet, for it is on the meta device: load "
+                "or "
                 "move the model first (to_empty, load_state_dict(assign=True))"
             )
         value = dtensor.full(value.detach())

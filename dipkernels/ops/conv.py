@@ -37,7 +37,7 @@ class Window(NamedTuple):
         """sum over positions of dy and the window of u there, of weight's shape, in u's dtype."""
         kernel = weight.shape[2:]
         if u.device.type == "cpu" and self._cuts_patches(kernel):
-            # one matrix product: oneDNN's convolution takes longer in bfloat16, docs/measured_intel.md
+            # one matrix product: oneDNN's convolution takes longer in bfloat16, measured_intel.md
             rows, patches = flat_rows(dy.movedim(1, -1)), _patches(u, kernel)
             with torch.autocast("cpu", enabled=False):  # which leaves convolution_backward alone
                 return (rows.t() @ patches).view_as(weight)
@@ -56,7 +56,7 @@ class Window(NamedTuple):
 
 
 def _patches(u: Tensor, kernel: torch.Size) -> Tensor:
-    """The windows of u [N, C, ...] that lie side by side, a row for each: [positions, C x window]."""
+    """The windows of u [N, C, ...] that lie side by side, a row each: [positions, C x window]."""
     for d, size in enumerate(kernel):
         count = u.shape[2 + 2 * d] // size
         u = u.narrow(2 + 2 * d, 0, count * size).unflatten(2 + 2 * d, (count, size))
@@ -88,8 +88,8 @@ def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple
     return None, dweight, dbias, dsigma, None
 
 
-# own_input(x, weight, bias, sigma, seed, draw, dtype, window) = conv(x + factor sigma z) + b for an x
-# [N, C, ...] that needs no gradient. dtype: of u and y, or None for x's.
+# own_input(x, weight, bias, sigma, seed, draw, dtype, window) = conv(x + factor sigma z) + b for an
+# x [N, C, ...] that needs no gradient. dtype: of u and y, or None for x's.
 own_input = fused(
     "_OwnInput",
     _run,

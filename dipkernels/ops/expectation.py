@@ -99,7 +99,8 @@ def _require_whole(weight: Tensor) -> None:
     if is_dtensor(weight):
         raise TypeError(
             "weight: expected it whole on this rank for an exact mean, got a DTensor of placements "
-            f"{tuple(weight.placements)}; take method='sample' in dip.predict, estimator='sample' in "
+            f"{tuple(weight.placements)}; take method='sample' in dip.predict, estimator='sample' "
+            "in "
             "a layer"
         )
 

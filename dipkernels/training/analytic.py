@@ -53,8 +53,8 @@ class _Normal(NamedTuple):
     """What is known of a tensor: its values are means, v [N] the variances; None where they differ
     from row to row.
 
-    draws: whose noise is in it, where it was computed from the outputs of layers; none for an output
-    itself. What was computed may go anywhere but into an activation whose mean is not known.
+    draws: whose noise is in it, where it was computed from the outputs of layers; none for an
+    output itself. What was computed may go anywhere but into an activation whose mean is not known.
     """
 
     tensor: weakref.ref[Tensor]

@@ -165,7 +165,8 @@ def objective(
         TypeError: out is not a tensor, loss_fn cannot be called, or a weight is no number.
 
     Examples:
-        >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(8, 4), torch.randint(3, (8,))
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 3)))
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
         >>> out = dip.trajectories(model, x, m=2)
         >>> dip.objective(out, y, F.cross_entropy, model).backward()
 
@@ -199,7 +200,8 @@ def objective(
         kl = real("kl", kl, least=0)
         if kl > 0 and alpha > 0:
             raise ValueError(
-                f"kl: expected none beside alpha, another form of this term, got {kl} and alpha={alpha}"
+                f"kl: expected none beside alpha, another form of this term, got {kl} and "
+                f"alpha={alpha}"
             )
     else:
         kl = KL if model is not None and alpha == 0 else 0.0

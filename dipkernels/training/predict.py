@@ -147,7 +147,8 @@ def _joined(name: str, *chunks: Tensor) -> Tensor:
     shapes = sorted({tuple(chunk.shape[1:]) for chunk in chunks})
     if len(shapes) > 1:
         raise ValueError(
-            f"{name}: expected one shape in every pass, for average=None stacks them, got {shapes}; "
+            f"{name}: expected one shape in every pass, for average=None stacks them, got "
+            f"{shapes}; "
             "call the model k times inside dip.sampling_on()"
         )
     return torch.cat(chunks)

@@ -4,8 +4,8 @@ the source tree:
     cd /tmp && python smoke.py [--expect cpu|cuda|none] [--import-share 0.08]
 
 --expect: what the compiled library must carry: CPU kernels, CPU and CUDA kernels, or nothing (the
-pure Python wheel). --import-share: the limit for the processor time of `import dipkernels` over that
-of `import torch` before it, the least of five new processes. Reads nothing but the package.
+pure Python wheel). --import-share: the limit for the processor time of `import dipkernels` over
+that of `import torch` before it, the least of five new processes. Reads nothing but the package.
 """
 
 import argparse

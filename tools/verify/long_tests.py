@@ -19,10 +19,12 @@ from reliability import ROOT, command_line, record
 
 STATE = ROOT / "out" / "long_tests.json"
 FILES = {
-    "tests/test_properties.py": "20,000 cases against the reference: 15,000 of perturb and its sums, 2,500 windows, 2,500 layers",
-    "tests/test_fuzz.py": "40,000 calls of operations with any arguments; 223 values of each environment variable",
-    "tests/test_fuzz_examples.py": "2,000 damaged checkpoints of recipes, 666 of the cluster example, 10,000 configurations, "
-    "10,000 lists of flags, 6,000 data files of each recipe",
+    "tests/test_properties.py": "20,000 cases against the reference: 15,000 of perturb "
+    "and its sums, 2,500 windows, 2,500 layers",
+    "tests/test_fuzz.py": "40,000 calls of operations with any arguments; 223 values of each "
+    "environment variable",
+    "tests/test_fuzz_examples.py": "2,000 damaged checkpoints of recipes, 666 of the cluster "
+    "example, 10,000 configurations, 10,000 lists of flags, 6,000 data files of each recipe",
     "tests/test_lifecycle.py": "spawned DataLoader workers",
     "tests/test_cluster_example.py": "workers killed under torchrun",
 }

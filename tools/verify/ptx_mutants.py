@@ -358,7 +358,10 @@ def main() -> int:
             if time.monotonic() - start > 60 * args.minutes:
                 stopped = f" Stopped after {args.minutes:g} minutes, at {group}."
                 break
-    text = f"At most {args.cuda} in each CUDA kernel, {args.triton} in each Triton kernel.{stopped} {report(results, args.seed)}"
+    text = (
+        f"At most {args.cuda} in each CUDA kernel, {args.triton} in each Triton kernel.{stopped} "
+        f"{report(results, args.seed)}"
+    )
     print(text)
     if args.record:
         record("ptx mutants", text)
