@@ -180,6 +180,55 @@ def evaluate(
     return {name: round(100 * total / len(images), 3) for name, total in zip(right, totals)}
 
 
+def train(parser: argparse.ArgumentParser, args: argparse.Namespace, worker: Worker) -> None:
+    """Fine-tune the ViT, and test it.
+
+    A function, so that the model is gone before the process group is; else a worker may hang.
+    """
+    with refusing(parser):
+        images, labels = load(args.data / "train.bin")
+        test = load(args.data / "test.bin")
+        torch.manual_seed(args.seed)
+        model = build(args)
+    batch = images[: args.batch].float() / 255
+    entry = model.vit.vit.embeddings.patch_embeddings
+    apply_method(model, entry, args, batch)
+    model.to(worker.device)
+
+    def batch_of(indices: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = (
+            images[indices].to(worker.device).float() / 255,
+            labels[indices].to(worker.device),
+        )
+        x = augmented(x)
+        if args.training == "Gaussian":
+            x = x + args.noise * torch.randn_like(x)
+        elif args.training == "FGSM":
+            x = fgsm(model, x, y, args.eps)
+        return x, y
+
+    def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        out = dip.trajectories(model, x, m=args.m)
+        return dip.objective(out.float(), y, F.cross_entropy, lambda_s=args.lambda_s)
+
+    settings = {
+        "recipe": "cifar100",
+        "method": args.method,
+        "batch": args.batch,
+        "workers": worker.size,
+    }
+    settings |= {
+        "seed": args.seed,
+        "training": args.training,
+        "epochs": args.epochs,
+        "m": args.m,
+    }
+    trainer = Trainer(model, worker, args, len(images), settings)
+    if trainer.run(batch_of, loss_of):
+        write_results(worker, args, {"accuracy": evaluate(model, worker, trainer, test, args)})
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__, DATA)
     parser.add_argument(
@@ -218,48 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--k: expected with --method fixed or dip, got --method {args.method}")
 
     with workers(args.device) as worker:
-        with refusing(parser):
-            images, labels = load(args.data / "train.bin")
-            test = load(args.data / "test.bin")
-            torch.manual_seed(args.seed)
-            model = build(args)
-        batch = images[: args.batch].float() / 255
-        entry = model.vit.vit.embeddings.patch_embeddings
-        apply_method(model, entry, args, batch)
-        model.to(worker.device)
-
-        def batch_of(indices: Tensor) -> tuple[Tensor, Tensor]:
-            x, y = (
-                images[indices].to(worker.device).float() / 255,
-                labels[indices].to(worker.device),
-            )
-            x = augmented(x)
-            if args.training == "Gaussian":
-                x = x + args.noise * torch.randn_like(x)
-            elif args.training == "FGSM":
-                x = fgsm(model, x, y, args.eps)
-            return x, y
-
-        def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            x, y = batch
-            out = dip.trajectories(model, x, m=args.m)
-            return dip.objective(out.float(), y, F.cross_entropy, lambda_s=args.lambda_s)
-
-        settings = {
-            "recipe": "cifar100",
-            "method": args.method,
-            "batch": args.batch,
-            "workers": worker.size,
-        }
-        settings |= {
-            "seed": args.seed,
-            "training": args.training,
-            "epochs": args.epochs,
-            "m": args.m,
-        }
-        trainer = Trainer(model, worker, args, len(images), settings)
-        if trainer.run(batch_of, loss_of):
-            write_results(worker, args, {"accuracy": evaluate(model, worker, trainer, test, args)})
+        train(parser, args, worker)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ number, by greedy generation with the deterministic model (Algorithm 3).
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -157,6 +158,73 @@ def evaluate(
     }
 
 
+def train(parser: argparse.ArgumentParser, args: argparse.Namespace, worker: Worker) -> None:
+    """Train the adapters, and test them.
+
+    A function, so that the model is gone before the process group is; else a worker may hang.
+    """
+    with refusing(parser):
+        examples, test = load(args.data / "train.jsonl"), load(args.data / "test.jsonl")
+        torch.manual_seed(args.seed)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+            base = AutoModelForCausalLM.from_pretrained(
+                args.model,
+                local_files_only=True,
+                dtype=PRECISIONS["bf16" if args.precision == "bf16" else "fp32"],
+            )
+        except Exception as error:
+            raise ValueError(
+                f"--model: expected a causal language model in {args.model}, got {error!r}"
+            ) from error
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"--model: expected a tokenizer with an end of text, {args.model} has none"
+            )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    targets = args.targets[0] if args.targets == ["all-linear"] else args.targets
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if args.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    model.to(worker.device)
+    batch = {
+        k: v.to(worker.device)
+        for k, v in collate(examples[: args.batch], tokenizer, args.length).items()
+    }
+    entry = model.get_input_embeddings()
+    apply_method(model, entry, args, batch, filter=lambda module, name: name in adapted)
+
+    def batch_of(indices: Tensor) -> dict[str, Tensor]:
+        batch = collate([examples[i] for i in indices.tolist()], tokenizer, args.length)
+        return {name: value.to(worker.device) for name, value in batch.items()}
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = dip.trajectories(model, **inputs, use_cache=False, m=args.m).logits  # [m, B, T, V]
+        return dip.objective(logits, batch["labels"], next_token_loss, lambda_s=args.lambda_s)
+
+    settings = {
+        "recipe": "gsm8k",
+        "method": args.method,
+        "batch": args.batch,
+        "workers": worker.size,
+    }
+    settings |= {"seed": args.seed, "rank": args.rank, "epochs": args.epochs, "m": args.m}
+    trainer = Trainer(model, worker, args, len(examples), settings)
+    if trainer.run(batch_of, loss_of):
+        write_results(worker, args, evaluate(model, tokenizer, worker, trainer, test, args))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "folder with train.jsonl and test.jsonl of GSM8K, as published")
     parser.add_argument(
@@ -189,68 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--model: expected a local folder, got {args.model}")
 
     with workers(args.device) as worker:
-        with refusing(parser):
-            examples, test = load(args.data / "train.jsonl"), load(args.data / "test.jsonl")
-            torch.manual_seed(args.seed)
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-                base = AutoModelForCausalLM.from_pretrained(
-                    args.model,
-                    local_files_only=True,
-                    dtype=PRECISIONS["bf16" if args.precision == "bf16" else "fp32"],
-                )
-            except Exception as error:
-                raise ValueError(
-                    f"--model: expected a causal language model in {args.model}, got {error!r}"
-                ) from error
-            if tokenizer.eos_token_id is None:
-                raise ValueError(
-                    f"--model: expected a tokenizer with an end of text, {args.model} has none"
-                )
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        targets = args.targets[0] if args.targets == ["all-linear"] else args.targets
-        model = get_peft_model(
-            base,
-            LoraConfig(
-                r=args.rank,
-                lora_alpha=args.lora_alpha,
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-            ),
-        )
-        if args.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-            base.enable_input_require_grads()
-        adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
-        model.to(worker.device)
-        batch = {
-            k: v.to(worker.device)
-            for k, v in collate(examples[: args.batch], tokenizer, args.length).items()
-        }
-        entry = model.get_input_embeddings()
-        apply_method(model, entry, args, batch, filter=lambda module, name: name in adapted)
-
-        def batch_of(indices: Tensor) -> dict[str, Tensor]:
-            batch = collate([examples[i] for i in indices.tolist()], tokenizer, args.length)
-            return {name: value.to(worker.device) for name, value in batch.items()}
-
-        def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            logits = dip.trajectories(
-                model, **inputs, use_cache=False, m=args.m
-            ).logits  # [m, B, T, V]
-            return dip.objective(logits, batch["labels"], next_token_loss, lambda_s=args.lambda_s)
-
-        settings = {
-            "recipe": "gsm8k",
-            "method": args.method,
-            "batch": args.batch,
-            "workers": worker.size,
-        }
-        settings |= {"seed": args.seed, "rank": args.rank, "epochs": args.epochs, "m": args.m}
-        trainer = Trainer(model, worker, args, len(examples), settings)
-        if trainer.run(batch_of, loss_of):
-            write_results(worker, args, evaluate(model, tokenizer, worker, trainer, test, args))
+        train(parser, args, worker)
 
 
 if __name__ == "__main__":
