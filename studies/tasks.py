@@ -106,8 +106,7 @@ def fashion() -> tuple[Tensor, Tensor]:
             raise FileNotFoundError(
                 f"FASHION_MNIST: expected Fashion-MNIST's idx files, such as {name}.gz, in "
                 f"{FASHION}, got none; install Debian's dataset-fashion-mnist, or set "
-                "FASHION_MNIST "
-                "to the folder that has them"
+                "FASHION_MNIST to the folder that has them"
             )
         data = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
         return np.frombuffer(data, np.uint8, offset=header)

@@ -222,8 +222,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     if not triton.knobs.runtime.interpret:
         raise RuntimeError(
             f"expected CUDA tensors for the Triton kernels, got {tensor.device}: move them to a "
-            "GPU, "
-            "or start Python with TRITON_INTERPRET=1"
+            "GPU, or start Python with TRITON_INTERPRET=1"
         )
     return contextlib.nullcontext()
 

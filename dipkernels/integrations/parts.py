@@ -161,8 +161,7 @@ def warn_of_faults(report: Report) -> None:
     if not report:
         warnings.warn(
             f"dipkernels: after the first step {report}\n  An expert that the batch did not reach "
-            "is "
-            "no fault. Leave out layers that the loss reads past: exclude=[...] in the config",
+            "is no fault. Leave out layers that the loss reads past: exclude=[...] in the config",
             stacklevel=3,
         )
 

@@ -263,8 +263,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
                 "compute_loss: expected DIPMixin's to be called, which does what the config says, "
                 f"got a step of {type(self).__name__} without it, and so without {lost}; put your "
                 "own compute_loss into a trainer behind the mixin, class Mine(DIPMixin, "
-                "YourTrainer)"
-                ", or call super().compute_loss"
+                "YourTrainer), or call super().compute_loss"
             )
 
     def compute_loss(

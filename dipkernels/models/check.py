@@ -156,8 +156,7 @@ def _replaced(model: nn.Module) -> dict[str, str]:
 
 _CANCELS = (
     ", or the loss reads derivatives of its output alone (forces, a gradient penalty), in which "
-    "the "
-    "noise of a last layer cancels, and with relu that of every layer"
+    "the noise of a last layer cancels, and with relu that of every layer"
 )
 
 

@@ -487,8 +487,7 @@ def _warn_without_noise(choice: Choice) -> None:
     if lines:
         text = (
             f"convert: {len(lines)} module(s) stay without noise. To end this warning, name them "
-            "in "
-            "exclude=[...]:\n"
+            "in exclude=[...]:\n"
         )
         warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
 
@@ -503,16 +502,14 @@ def _stays_dip(module: nn.Module) -> str | None:
     if "plain_type" not in vars(type(module)) and not isinstance(module, DIPInput):
         return (
             "model: expected DIP layers that convert knows, got subclasses of them: {}; if they "
-            "are "
-            "parametrised (weight_norm), call torch.nn.utils.parametrize.remove_parametrizations "
-            "first"
+            "are parametrised (weight_norm), call "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
         )
     if forward_set_by(module) == "accelerate":
         return (
             "model: expected one that accelerate has not dispatched, got hooks that call the DIP "
             "forward at {}: call accelerate.hooks.remove_hook_from_submodules(model), then "
-            "to_plain, then "
-            "accelerate.dispatch_model again"
+            "to_plain, then accelerate.dispatch_model again"
         )
     if forward_set_by(module):
         return (

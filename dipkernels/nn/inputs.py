@@ -80,8 +80,7 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         raise TypeError(
             f"{name}: expected its variance in torch.float32, got {sigma.dtype}; keep it out of "
             "mixed precision: dipkernels.shard_variances, for FSDP; torch_autocast in place of "
-            "bf16, "
-            "for DeepSpeed's stage 0"
+            "bf16, for DeepSpeed's stage 0"
         )
 
 

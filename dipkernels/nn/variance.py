@@ -48,9 +48,8 @@ def require_finite_values(argument: str, log_variances: Mapping[str, Tensor]) ->
     if broken := [name for name, fine in zip(log_variances, found, strict=True) if not fine]:
         raise ValueError(
             f"{argument}: expected finite variances, got NaN or infinity in {broken}, where "
-            "sigma^2 "
-            "= exp(log_variance); a step with such gradients spoils them: load_variances or "
-            "calibrate sets them anew"
+            "sigma^2 = exp(log_variance); a step with such gradients spoils them: load_variances "
+            "or calibrate sets them anew"
         )
 
 
@@ -237,9 +236,9 @@ class Variance(nn.Module):
             raise ValueError(
                 f"log_variance: expected {self.num_features} values, got a part of them or freed "
                 "memory: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO-3 has them "
-                "elsewhere. "
-                "Train with fully_shard (FSDP2); to read them, call this inside summon_full_params "
-                "of FSDP1, or inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
+                "elsewhere. Train with fully_shard (FSDP2); to read them, call this inside "
+                "summon_full_params of FSDP1, or inside "
+                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
             )
 
     def detached(self) -> Tensor:
@@ -252,8 +251,7 @@ class Variance(nn.Module):
         if value.is_meta:
             raise ValueError(
                 "log_variance: expected values, got none yet, for it is on the meta device: load "
-                "or "
-                "move the model first (to_empty, load_state_dict(assign=True))"
+                "or move the model first (to_empty, load_state_dict(assign=True))"
             )
         value = dtensor.full(value.detach())
         return value.float() if value.dtype.itemsize < 4 else value

@@ -92,10 +92,8 @@ class _State(contextlib.ContextDecorator):
         ):
             raise TypeError(
                 f"{type(self).__name__}: expected a plain function to decorate, got the generator "
-                "or "
-                f"coroutine {func.__qualname__}, whose body runs after the context has ended: "
-                "write "
-                "`with` inside it"
+                f"or coroutine {func.__qualname__}, whose body runs after the context has ended: "
+                "write `with` inside it"
             )
         return super().__call__(func)
 

@@ -42,8 +42,7 @@ def watch_checkpoint(seed: Tensor) -> None:
     raise RuntimeError(
         "checkpoint: a layer in the backward pass (of a block that is computed again, an adjoint, "
         f"a hook) {what}, which is not what the forward pass had, so gradients would be wrong. "
-        "Keep "
-        "preserve_rng_state=True, or run forward and backward inside one fixed_noise(key) or "
+        "Keep preserve_rng_state=True, or run forward and backward inside one fixed_noise(key) or "
         "noise_off; put layers that share one draw into one checkpoint"
     )
 

@@ -100,8 +100,7 @@ def _require_whole(weight: Tensor) -> None:
         raise TypeError(
             "weight: expected it whole on this rank for an exact mean, got a DTensor of placements "
             f"{tuple(weight.placements)}; take method='sample' in dip.predict, estimator='sample' "
-            "in "
-            "a layer"
+            "in a layer"
         )
 
 

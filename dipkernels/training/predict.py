@@ -148,8 +148,7 @@ def _joined(name: str, *chunks: Tensor) -> Tensor:
     if len(shapes) > 1:
         raise ValueError(
             f"{name}: expected one shape in every pass, for average=None stacks them, got "
-            f"{shapes}; "
-            "call the model k times inside dip.sampling_on()"
+            f"{shapes}; call the model k times inside dip.sampling_on()"
         )
     return torch.cat(chunks)
 
