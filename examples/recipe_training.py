@@ -366,7 +366,13 @@ class Trainer:
             "examples_per_second": round(speed, 2),
         }
         if any(isinstance(module, dip.Variance) for module in self.raw.modules()):
-            rows = dip.summary(self.raw)
+            try:
+                rows = dip.summary(self.raw)
+            except ValueError as error:
+                raise RuntimeError(
+                    "--lr, --variance-lr: expected rates that leave the variances finite, got "
+                    f"{self.args.lr} and {self.args.variance_lr} ({error})"
+                ) from error
             line["sigma"] = {row.name: round(row.sigma_mean, 5) for row in rows}
         with (self.args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
