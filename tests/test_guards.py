@@ -49,7 +49,7 @@ def test_two_processes_may_build_the_program_at_once(tmp_path, monkeypatch):
 def test_kernels_stay_inside_their_buffers(guarded, threads):
     """Values, edges and gaps of random cases, on every instruction set: a byte outside is a
     segmentation fault."""
-    assert "100 cases of perturb" in sanitize.run(guarded, 200, threads, threads)
+    assert "200 cases of perturb" in sanitize.run(guarded, 400, threads, threads)
 
 
 @needs_compiler
@@ -57,7 +57,7 @@ def test_kernels_stay_inside_their_buffers(guarded, threads):
 def test_kernels_report_a_failed_allocation(guarded, threads):
     """Each allocation of a kernel fails in turn: "out of memory" comes back, whichever thread it
     was."""
-    assert "100 cases of perturb" in sanitize.run(guarded, 200, threads, threads, "fail")
+    assert "200 cases of perturb" in sanitize.run(guarded, 400, threads, threads, "fail")
 
 
 @needs_compiler
