@@ -103,13 +103,11 @@ def cuda_archs(nvcc=None):
     return archs
 
 
-def command(name, default, *folders):
+def command(name, default, places=None):
     """The path of a compiler: of the one that the variable `name` asks for, else of `default`, or
-    None. folders: where to look, in this order; None stands for those of PATH."""
+    None. places: where to look, in place of PATH."""
     asked = os.environ.get(name)
-    compiler = asked or default
-    places = (shutil.which(compiler, path=folder) for folder in folders)
-    found = next((path for path in places if path), None)
+    found = shutil.which(asked or default, path=places)
     if asked and found is None:
         raise SystemExit(
             f"{name}: expected one command, without arguments, that is there, got {asked!r}; for "
@@ -137,10 +135,11 @@ def find_torch():
 
 def plan():
     """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
-    compiler = command("CXX", "g++", None)
-    home = os.environ.get("CUDA_HOME")  # as torch does: asked for, it goes before the PATH
-    places = [f"{home}/bin", None] if home else [None, "/usr/local/cuda/bin"]
-    nvcc = command("NVCC", "nvcc", *places)
+    compiler = command("CXX", "g++")
+    # as torch does: asked for, CUDA_HOME goes before the PATH
+    path, home = os.environ.get("PATH", os.defpath), os.environ.get("CUDA_HOME")
+    places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")
+    nvcc = command("NVCC", "nvcc", os.pathsep.join(places))
     cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")
     if compiler is None or "linux" not in target(compiler):
         if cpu or cuda:

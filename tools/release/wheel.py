@@ -86,9 +86,9 @@ def glibc() -> tuple[int, ...]:
 
 def toolkit() -> str:
     """The release of nvcc, such as 12.8, and what it means to the user."""
-    asked, home = os.environ.get("NVCC") or "nvcc", os.environ.get("CUDA_HOME")
-    places = [f"{home}/bin", None] if home else [None, "/usr/local/cuda/bin"]  # as setup.py's
-    nvcc = next((path for place in places if (path := shutil.which(asked, path=place))), None)
+    path, home = os.environ.get("PATH", os.defpath), os.environ.get("CUDA_HOME")
+    places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")  # as setup.py's
+    nvcc = shutil.which(os.environ.get("NVCC") or "nvcc", path=os.pathsep.join(places))
     if nvcc is None:
         raise SystemExit(
             "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME); --cuda 0 builds a wheel without "
