@@ -116,6 +116,7 @@ def one_rank():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+    gc.collect()  # else the group may die in a process that a later test forks, and crash it
 
 
 def _distributed():
