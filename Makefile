@@ -13,7 +13,8 @@ setup: $(VENV)/.built
 
 $(VENV)/.deps: requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
+	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # on every core, where pip takes one; some files are of a newer Python
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)

@@ -24,7 +24,7 @@ def configuration():
     small = {
         "model": {"width": 16, "depth": 1, "heads": 2},
         "batch": 300,
-        "steps": 12,
+        "steps": 9,
         "save_every": 4,
         "lr": 1e-2,
     }

@@ -125,7 +125,6 @@ LINEARS = {
 QUICK_LINEARS = [
     ("large", torch.bfloat16, 100),
     ("gelu", torch.bfloat16, 90),
-    ("large", torch.float32, 100),
 ]
 
 

@@ -24,7 +24,7 @@ def wide(dtype):
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90), ("rms", 4096, torch.float32, 80)]
+QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90)]
 
 
 # Above 4096 columns, 2048 of float64, a program does not hold a row.
