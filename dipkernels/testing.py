@@ -180,6 +180,8 @@ def _first(
 ) -> tuple[int, tuple[int, ...], float, float] | None:
     if got.shape != want.shape:
         return got.numel(), tuple(got.shape), float("nan"), float("nan")
+    if not got.numel():  # of an argument that is None
+        return None
     got, want = got.double(), want.double()
     far = (got - want).abs() > tolerance * (1 + want.abs().nan_to_num(0).max())
     far |= got.isnan() != want.isnan()

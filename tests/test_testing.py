@@ -12,8 +12,9 @@ BACKENDS = ["reference", *(["cpu"] if "portable" in backends.library().cpu_capab
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_operation_agrees_with_its_reference(backend, dtype):
-    for op in registry.SCHEMAS:
-        found = testing.compare(op, backend, dtype=dtype)
+    without = [("norm_bwd", {"bias": None})]
+    for op, given in [*((op, {}) for op in registry.SCHEMAS), *without]:
+        found = testing.compare(op, backend, dtype=dtype, **given)
         assert found, str(found)
         assert str(found) == f"{op} on {backend!r}: as the reference"
 
