@@ -150,7 +150,7 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {
 }
 
 struct View {
-  const Tensor* tensor;
+  const Tensor* tensor;  // null: absent
   Operand* operand;
 };
 
@@ -160,6 +160,7 @@ bool lay_out(Args& a, int64_t dim, const std::vector<View>& views) {
   const Tensor& first = *views[0].tensor;
   const auto fit = [&](auto&& layout) {
     for (const View& v : views) {
+      if (!v.tensor) continue;
       const auto operand = layout(*v.tensor, dim);
       if (!operand) return false;
       *v.operand = *operand;

@@ -31,7 +31,7 @@ import torch
 NAMES = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("portable", "avx2", "avx512")
 # Of the operations' schemas; csrc/perturb_op.cpp says the same of those that it was built for.
-INTERFACE = "1"
+INTERFACE = "2"
 MIN_TORCH = (2, 10)  # the first with the whole of the stable ABI that csrc/torch.h uses
 # The first NVIDIA driver of each CUDA major release: a static runtime runs on any driver of its
 # major release or a newer one.
@@ -466,7 +466,7 @@ def runs_on(name: str, device: str) -> bool:
 
 # The stems of which the CUDA library has no kernel, and those whose work it does not fuse: samples
 # behind an activation.
-_NOT_IN_CUDA = ("expectation", "affine_variance", "norm", "activate", "gate")
+_NOT_IN_CUDA = ("expectation", "affine_variance", "norm", "gate")
 _FUSED_BY_TRITON = ("linear", *_NOT_IN_CUDA)
 
 

@@ -335,40 +335,27 @@ def linear_bwd(
 # ---- producers: the projection in what makes a layer's input.  docs/maths.md, section 10 ---------
 
 
-def activate(x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
-    """u[i, j] = act(x[i, j]) + factor * sigma[j] * z[i, j]
+def gate(a: Tensor, b: Tensor | None, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
+    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]; b None: 1
 
     draw_and_act: the draw as in `perturb`, activation, out_dtype.
     """
     *draw, activation, out_dtype = draw_and_act
-    return _noised(_ACTIVATIONS[activation](x.double())[0], x, sigma, seed, *draw, out_dtype)
-
-
-def activate_bwd(
-    du: Tensor, x: Tensor, sigma: Tensor | None, seed: Tensor, *draw_and_act: Any
-) -> tuple[Tensor, Tensor]:
-    """(dx[i, j] = du[i, j] * act'(x[i, j]), dsigma as `perturb_bwd`'s, empty without a sigma)"""
-    *draw, activation = draw_and_act
-    dx = torch.empty_like(x).copy_(du.double() * _ACTIVATIONS[activation](x.double())[1])
-    return dx, _dsigma(du, sigma, seed, *draw)
-
-
-def gate(a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
-    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]; draw_and_act as
-    `activate`'s"""
-    *draw, activation, out_dtype = draw_and_act
-    return _noised(_ACTIVATIONS[activation](a.double())[0] * b, a, sigma, seed, *draw, out_dtype)
+    y = _ACTIVATIONS[activation](a.double())[0]
+    return _noised(y if b is None else y * b, a, sigma, seed, *draw, out_dtype)
 
 
 def gate_bwd(
-    du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, seed: Tensor, *draw_and_act: Any
+    du: Tensor, a: Tensor, b: Tensor | None, sigma: Tensor | None, seed: Tensor, *draw_and_act: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(da = du * b * act'(a), db = du * act(a), dsigma as `activate_bwd`'s)"""
+    """(da = du * b * act'(a), db = du * act(a), dsigma as `perturb_bwd`'s), empty for what is
+    None"""
     *draw, activation = draw_and_act
     f, slope, _ = _ACTIVATIONS[activation](a.double())
-    da = torch.empty_like(a).copy_(du.double() * b * slope)
-    db = torch.empty_like(b).copy_(du.double() * f)
-    return da, db, _dsigma(du, sigma, seed, *draw)
+    dy, db = du.double(), du.new_empty(0, dtype=torch.float32)
+    if b is not None:
+        dy, db = dy * b, torch.empty_like(b).copy_(dy * f)
+    return torch.empty_like(a).copy_(dy * slope), db, _dsigma(du, sigma, seed, *draw)
 
 
 def _noised(y: Tensor, like: Tensor, sigma: Tensor, seed: Tensor, *draw_and_dtype: Any) -> Tensor:

@@ -63,9 +63,9 @@ def test_reference_gradients_of_activations_are_its_derivatives(kind, log_varian
     x, b, du = (randn(3, 10, 4, seed=i) for i in range(3))
     sigma = scale(10, log_variance).double()
     where = SEED, 1, 2**33 + 1, 3, 2, 0.5, log_variance, kind
-    dx, dsigma = reference.activate_bwd(du, x, sigma, *where)
-    assert_adjoint(lambda x: reference.activate(x, sigma, *where, None), x, dx, du)
-    assert_adjoint(lambda s: reference.activate(x, s, *where, None), sigma, dsigma, du)
+    dx, _, dsigma = reference.gate_bwd(du, x, None, sigma, *where)
+    assert_adjoint(lambda x: reference.gate(x, None, sigma, *where, None), x, dx, du)
+    assert_adjoint(lambda s: reference.gate(x, None, s, *where, None), sigma, dsigma, du)
     da, db, dsigma = reference.gate_bwd(du, x, b, sigma, *where)
     assert_adjoint(lambda x: reference.gate(x, b, sigma, *where, None), x, da, du)
     assert_adjoint(lambda b: reference.gate(x, b, sigma, *where, None), b, db, du)
@@ -302,15 +302,16 @@ def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
     sigma = scale(shape[dim], draw.log_variance)
     rows = a.numel() // max(1, shape[dim])
     u = gate.gate(a, None, sigma, SEED, draw, kind, None)
-    exact = reference.activate(a.double(), sigma, SEED, *draw, kind, None)
+    exact = reference.gate(a.double(), None, sigma, SEED, *draw, kind, None)
     assert u.dtype is dtype
     close(u, exact, error(dtype) * (1 + exact.abs()) + Z_ERROR, 1)
     u = gate.gate(a, b, sigma, SEED, draw, kind, None)
     exact = reference.gate(a.double(), b.double(), sigma, SEED, *draw, kind, None)
     close(u, exact, error(dtype) * (1 + exact.abs()) * (1 + b.double().abs()) + Z_ERROR, 1)
-    dx, dsigma = backward("activate_bwd", du, a, sigma, SEED, draw, kind)
+    dx, none, dsigma = backward("gate_bwd", du, a, None, sigma, SEED, draw, kind)
+    assert none.shape == (0,)
     wide = [t.double() for t in (du, a, b)]
-    want, want_dsigma = reference.activate_bwd(*wide[:2], sigma.double(), SEED, *draw, kind)
+    want, _, want_dsigma = reference.gate_bwd(*wide[:2], None, sigma.double(), SEED, *draw, kind)
     close(dx, want, 4 * error(dtype) * (1 + wide[0].abs()), 1)
     assert_sum_close(dsigma, want_dsigma.double(), rows, dtype)
     da, db, again = backward("gate_bwd", du, a, b, sigma, SEED, draw, kind)
@@ -336,10 +337,9 @@ def everything(shape, dtype=torch.float32, transform=lambda t: t):
         yield from backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0)
     # float64 calls the library's exp
     for kind in ("gelu", "silu") if dtype is not torch.float64 else ("relu",):
-        yield gate.gate(x, None, sigma, SEED, draw, kind, None)
-        yield from backward("activate_bwd", du, x, sigma, SEED, draw, kind)
-        yield gate.gate(x, b, sigma, SEED, draw, kind, None)
-        yield from backward("gate_bwd", du, x, b, sigma, SEED, draw, kind)
+        for factor in (None, b):
+            yield gate.gate(x, factor, sigma, SEED, draw, kind, None)
+            yield from backward("gate_bwd", du, x, factor, sigma, SEED, draw, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -411,7 +411,7 @@ def test_activations_far_out_near_zero_and_not_numbers(kind, dtype, capability):
     try:
         cpu_capability(capability)
         y = gate.gate(x, None, zero, SEED, Draw(), kind, None)
-        dx, _ = backward("activate_bwd", ones, x, zero, SEED, Draw(), kind)
+        dx, *_ = backward("gate_bwd", ones, x, None, zero, SEED, Draw(), kind)
     finally:
         cpu_capability("auto")
     leaf = x.double().requires_grad_()
@@ -456,15 +456,14 @@ def examples():
             stats = torch.ops.dipkernels.norm(*forward)[1]
             for s in (sigma, None):
                 yield "norm_bwd", (du, x, stats, weight, bias, s, *where, kind, 0.0)
-        yield "activate", (x, sigma, *where, "silu", out)
-        yield "gate", (x, b, sigma, *where, "gelu", out)
-        for s in (sigma, None):
-            yield "activate_bwd", (du, x, s, *where, "silu")
-            yield "gate_bwd", (du, x, b, s, *where, "gelu")
+        for factor, kind in ((None, "silu"), (b, "gelu")):
+            yield "gate", (x, factor, sigma, *where, kind, out)
+            for s in (sigma, None):
+                yield "gate_bwd", (du, x, factor, s, *where, kind)
 
 
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
-@pytest.mark.parametrize("op", ["norm", "norm_bwd", "activate", "activate_bwd", "gate", "gate_bwd"])
+@pytest.mark.parametrize("op", ["norm", "norm_bwd", "gate", "gate_bwd"])
 def test_producer_operations_pass_opcheck(namespace, op):
     overload = getattr(getattr(torch.ops, namespace), op).default
     for name, arguments in examples():

@@ -98,15 +98,17 @@ def test_compiled_activations_and_gates_match_reference(case, name, dtype, arch)
     sigma = spread(shape[dim], dtype, log_variance)
     where = (sigma, SEED, dim, 2**32 - 7, col0, 2, 0.5, log_variance, name)
     with on_gpu(arch, CONFIGS[arch], multiprocessors=1):
-        y, (dx, dsigma) = gate.activate(a, *where, None), gate.activate_bwd(du, a, *where)
+        y = gate.gate(a, None, *where, None)
+        dx, empty, dsigma = gate.gate_bwd(du, a, None, *where)
         u, (da, db, total) = gate.gate(a, b, *where, None), gate.gate_bwd(du, a, b, *where)
         none = gate.gate_bwd(du, a, b, None, *where[1:])
     exact, (a, b, du) = (sigma.double(), *where[1:]), (t.double() for t in (a, b, du))
     noise = noise_bound(sigma, log_variance, 0.5, shape, dim)
-    assert_near(y, reference.activate(a, *exact, None), dtype, noise)
+    assert_near(y, reference.gate(a, None, *exact, None), dtype, noise)
     assert_near(u, reference.gate(a, b, *exact, None), dtype, noise)
-    want, want_dsigma = reference.activate_bwd(du, a, *exact)
+    want, _, want_dsigma = reference.gate_bwd(du, a, None, *exact)
     assert_near(dx, want, dtype, size=1 + du.abs())
+    assert empty.shape == (0,)
     size = 1 + (du * b).abs() + (du * a).abs()
     for got, want in zip((da, db), reference.gate_bwd(du, a, b, *exact)[:2], strict=True):
         assert_near(got, want, dtype, size=size)
@@ -253,8 +255,9 @@ def test_launchers_of_producers_take_no_rows_and_no_columns():
         for shape in ((0, 4), (4, 0)):
             x, sigma = torch.zeros(shape), torch.ones(shape[1])
             where = (sigma, SEED, *draw)
-            assert gate.activate(x, *where, "relu", None).shape == x.shape
-            assert torch.equal(gate.activate_bwd(x, x, *where, "relu")[1], torch.zeros_like(sigma))
+            assert gate.gate(x, None, *where, "relu", None).shape == x.shape
+            dx, _, dsigma = gate.gate_bwd(x, x, None, *where, "relu")
+            assert dx.shape == x.shape and torch.equal(dsigma, torch.zeros_like(sigma))
             u, stats = norm.norm(x, sigma, None, *where, "layer", 1e-5, 0.0, None)
             grads = norm.norm_bwd(x, x, stats, sigma, None, *where, "layer", 0.0)
             assert u.shape == grads[0].shape == x.shape
@@ -274,8 +277,7 @@ def test_compiled_producers_draw_what_the_cpu_draws_to_the_bit(dtype, arch):
     sigma, one, zero = torch.rand(40, dtype=wide(dtype)), torch.ones_like(x), torch.zeros_like(bias)
     draw = (-1, 2**32 - 5, 3, 2, 0.5, False)
     with on_gpu(arch, CONFIGS[arch]):
-        got = [gate.activate(x, sigma, SEED, *draw, "relu", None)]
-        got.append(gate.gate(x, one, sigma, SEED, *draw, "relu", None))
+        got = [gate.gate(x, b, sigma, SEED, *draw, "relu", None) for b in (None, one)]
         for kind in KINDS:
             u, _ = norm.norm(x, zero, bias, sigma, SEED, *draw, kind, 1e-5, 0.0, None)
             got.append(u)
@@ -294,7 +296,7 @@ def test_compiled_producer_of_16_bit_data_rounds_once(name, dtype):
     def results(x, b):
         if name in KINDS:
             return [norm.norm(x, None, None, *where, 1e-5, 0.0, None)[0]]
-        return [gate.activate(x, *where, None), gate.gate(x, b, *where, None)]
+        return [gate.gate(x, factor, *where, None) for factor in (None, b)]
 
     with on_gpu(80, 1):
         narrowed, full = results(*tensors), results(*(t.float() for t in tensors))
@@ -323,7 +325,7 @@ def test_compiled_activations_of_any_number(name, dtype, arch, errors):
     where = (zero, SEED, -1, 0, 0, 0, 1.0, False, name)
     ones = torch.ones_like(x)
     with on_gpu(arch, errors):
-        y, (dx, _) = gate.activate(x, *where, None), gate.activate_bwd(ones, x, *where)
+        y, (dx, *_) = gate.gate(x, None, *where, None), gate.gate_bwd(ones, x, None, *where)
         u, (da, db, _) = gate.gate(x, ones, *where, None), gate.gate_bwd(ones, x, ones, *where)
     assert torch.equal(u.nan_to_num(7), y.nan_to_num(7)), "gated with 1"
     assert torch.equal(da.nan_to_num(7), dx.nan_to_num(7)), "gated with 1"

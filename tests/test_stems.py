@@ -16,13 +16,12 @@ STEMS = {
     "noise": ["csrc/noise.h", "triton_kernels/noise.py"],
     "perturb": ["csrc/cpu/perturb.cpp", "csrc/cuda/perturb.cu", "triton_kernels/perturb.py"],
     "linear": ["dipkernels/ops/row_blocks.py", "triton_kernels/linear.py"],
-    "activate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py"],
     "gate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py"],
     "norm": ["csrc/cpu/norm.cpp", "triton_kernels/norm.py"],
     "expectation": ["csrc/cpu/expectation.cpp", "triton_kernels/expectation.py"],
 }
 PRODUCERS = ["tests/test_producers.py"]
-TESTS = {"activate": PRODUCERS, "gate": PRODUCERS, "norm": PRODUCERS}
+TESTS = {"gate": PRODUCERS, "norm": PRODUCERS}
 TESTS["linear"] = ["tests/test_linear.py", "tests/test_averaging.py"]
 # A module may import the ones before it, never one after.
 ROWS = """
@@ -58,7 +57,7 @@ def test_stems_have_their_files(stem):
 
 def test_stems_of_operations_are_known():
     for name in registry.SCHEMAS:
-        stem = "gate" if name.startswith("activate") else name.removesuffix("_bwd")
+        stem = name.removesuffix("_bwd")
         assert any(
             callable(getattr(module, stem, None))
             for module in (perturb, linear, expectation, gate, norm)

@@ -71,10 +71,9 @@ def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
         x, seed = meta(*shape, dtype=dtype), meta(2, dtype=torch.int64)
         where = (meta(shape[dim], dtype=wide(dtype)), seed, dim, *DRAW[1:], name)
         with recorded_launches(gate, perturb) as launches:
-            gate.activate(x, *where, None)
-            gate.activate_bwd(x, x, *where)
-            gate.gate(x, x, *where, None)
-            gate.gate_bwd(x, x, x, *where)
+            for b in (None, x):
+                gate.gate(x, b, *where, None)
+                gate.gate_bwd(x, x, b, *where)
         names = ["perturb_fwd_kernel", "_gate_bwd_kernel", "_column_sum_kernel"] * 2
         assert [launch[0].__name__ for launch in launches] == names
         results = list(compiled(launches, arch))
@@ -99,12 +98,10 @@ def test_producer_issue_slots_per_element(name, monkeypatch):
             tensors = (weight, weight if name == "layer" else None)
             norm.norm(x, *tensors, *where, name, 1e-5, 0.0, None)
             norm.norm_bwd(x, x, stats, *tensors, *where, name, 0.0)
-        elif name.startswith("gated "):
-            gate.gate(x, x, *where, name.removeprefix("gated "), None)
-            gate.gate_bwd(x, x, x, *where, name.removeprefix("gated "))
         else:
-            gate.activate(x, *where, name, None)
-            gate.activate_bwd(x, x, *where, name)
+            b, act = x if name.startswith("gated ") else None, name.removeprefix("gated ")
+            gate.gate(x, b, *where, act, None)
+            gate.gate_bwd(x, x, b, *where, act)
     slots = [slots_per_element(compile_launch(launch, 90), launch) for launch in launches[:2]]
     print(f"{name}: {slots[0]:.1f} and {slots[1]:.1f} issue slots per element")
     assert slots == pytest.approx(gpu_expectation.PRODUCER_SLOTS[name], abs=2)

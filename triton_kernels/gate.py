@@ -133,22 +133,22 @@ def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activ
 
 
 def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
-    """(da, db, dsigma) of `gate`; without a sigma nothing is drawn, without b there is no db."""
-    da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
-    none = du.new_empty(0, dtype=torch.float32)
-    dsigma = none if sigma is None else torch.zeros_like(sigma).contiguous()
+    """(da, db, dsigma) of `gate`, empty for what is None; without a sigma nothing is drawn."""
+    da, written = torch.empty_like(a), None if b is None else torch.empty_like(b)
+    db = du.new_empty(0, dtype=torch.float32) if b is None else written
+    dsigma = du.new_empty(0, dtype=torch.float32) if sigma is None else sigma.new_zeros(sigma.shape)
     if row_count(a.shape, dim) == 0 or a.numel() == 0:
         return da, db, dsigma
     # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside
     # it.
     elements = SUM_ELEMENTS if a.element_size() == 2 and b is None else SUM_ELEMENTS // 2
     elements = SUM_ELEMENTS // 8 if a.element_size() == 8 else elements
-    tile = tiling(dim, col0, elements, da, db, du, a, b)
+    tile = tiling(dim, col0, elements, da, written, du, a, b)
     if tile is None:
         b = None if b is None else b.contiguous()
         rest = (sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
         dense_da, dense_db, dsigma = gate_bwd(du.contiguous(), a.contiguous(), b, *rest)
-        return da.copy_(dense_da), None if b is None else db.copy_(dense_db), dsigma
+        return da.copy_(dense_da), db.copy_(dense_db), dsigma
     grid = tile.sum_grid(du.device)
     partial = None
     if sigma is not None:
@@ -156,7 +156,7 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
         partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
     with on_device(du):
         _gate_bwd_kernel[grid](
-            *(partial, da, db, du, a, b, seed),
+            *(partial, da, written, du, a, b, seed),
             *tile.arguments(row0),
             sample,
             ACTIVATION=activation,
@@ -166,14 +166,3 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
     if sigma is not None:
         column_sum(dsigma, partial, sigma.contiguous(), factor, log_variance)
     return da, db, dsigma
-
-
-def activate(x, *rest):
-    """u [x.shape] = act(x) + factor * s * z: `gate` without b."""
-    return gate(x, None, *rest)
-
-
-def activate_bwd(du, x, *rest):
-    """(dx, dsigma) of `activate`; without a sigma nothing is drawn."""
-    dx, _, dsigma = gate_bwd(du, x, None, *rest)
-    return dx, dsigma

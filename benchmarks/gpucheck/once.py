@@ -55,10 +55,9 @@ def producers(device: torch.device) -> None:
         _, stats = norm.norm(x, weight, weight, sigma, seed, DRAW, kind, 1e-5, 0.0, None)
         run = registry.kernel("norm_bwd", device.type)
         run(x, x, stats, weight, weight, sigma, seed, *DRAW, kind, 0.0)
-    gate.gate(x, None, sigma, seed, DRAW, "gelu", None)
-    registry.kernel("activate_bwd", device.type)(x, x, sigma, seed, *DRAW, "gelu")
-    gate.gate(x, x, sigma, seed, DRAW, "silu", None)
-    registry.kernel("gate_bwd", device.type)(x, x, x, sigma, seed, *DRAW, "silu")
+    for b, act in ((None, "gelu"), (x, "silu")):
+        gate.gate(x, b, sigma, seed, DRAW, act, None)
+        registry.kernel("gate_bwd", device.type)(x, x, b, sigma, seed, *DRAW, act)
 
 
 def main(device: torch.device, overrun: bool) -> None:

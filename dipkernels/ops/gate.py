@@ -32,9 +32,8 @@ def gate(
     """u, of a's shape and of dtype, a's where that is None; act(a) and the noise without b."""
     check_projection(a, sigma, seed, draw, dtype)
     _check(a, b, activation)
-    op, inputs = ("activate", (a,)) if b is None else ("gate", (a, b))
-    run = registry.kernel(op, a.device.type)
-    return run(*inputs, sigma, seed, *draw, activation, dtype)
+    run = registry.kernel("gate", a.device.type)
+    return run(a, b, sigma, seed, *draw, activation, dtype)
 
 
 def _check(a: Tensor, b: Tensor | None, kind: str) -> None:
@@ -49,24 +48,21 @@ def _check(a: Tensor, b: Tensor | None, kind: str) -> None:
         raise ValueError(f"b: expected device {a.device}, as a, got {b.device}")
 
 
-def _fake_gate(a: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(a, dtype=rest[-1])
-
-
-_FORWARD = f"{DRAW}, str activation, ScalarType? out_dtype"
-_BACKWARD = f"{OPTIONAL_DRAW}, str activation"
-registry.define("activate", f"(Tensor x, {_FORWARD}) -> Tensor", _fake_gate)
-registry.define("gate", f"(Tensor a, Tensor b, {_FORWARD}) -> Tensor", _fake_gate)
-# (dx, dsigma) and (da, db, dsigma), the last empty without a sigma: then nothing is drawn.
 registry.define(
-    "activate_bwd",
-    f"(Tensor du, Tensor x, {_BACKWARD}) -> (Tensor, Tensor)",
-    lambda du, x, sigma, *rest: (torch.empty_like(x), fake_like(sigma, x)),
+    "gate",
+    f"(Tensor a, Tensor? b, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor",
+    lambda a, *rest: torch.empty_like(a, dtype=rest[-1]),
 )
+# (da, db, dsigma), empty for what is None; without a sigma nothing is drawn.
 registry.define(
     "gate_bwd",
-    f"(Tensor du, Tensor a, Tensor b, {_BACKWARD}) -> (Tensor, Tensor, Tensor)",
-    lambda du, a, b, sigma, *rest: (torch.empty_like(a), torch.empty_like(b), fake_like(sigma, a)),
+    f"(Tensor du, Tensor a, Tensor? b, {OPTIONAL_DRAW}, str activation) -> "
+    "(Tensor, Tensor, Tensor)",
+    lambda du, a, b, sigma, *rest: (
+        torch.empty_like(a),
+        fake_like(None, a) if b is None else torch.empty_like(b),
+        fake_like(sigma, a),
+    ),
 )
 
 # ---- what the modules call -----------------------------------------------------------------------
@@ -82,11 +78,8 @@ def _pieces(a: Tensor, b: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any)
 
 def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (a, b, sigma, seed), (draw, kind, _) = tensors, how
-    rest = (sigma if needs[2] else None, seed, *draw, kind)
-    if b is None:
-        da, dsigma = registry.kernel("activate_bwd", a.device.type)(du, a, *rest)
-        return da, None, dsigma, None
-    return *registry.kernel("gate_bwd", a.device.type)(du, a, b, *rest), None
+    run = registry.kernel("gate_bwd", a.device.type)
+    return *run(du, a, b, sigma if needs[2] else None, seed, *draw, kind), None
 
 
 # noised_gate(a, b, sigma, seed, draw, kind, dtype): `gate`, differentiable in every world
