@@ -12,7 +12,6 @@ from .tiles import (
     TILE_ELEMENTS,
     columns_at,
     on_device,
-    row_count,
     rows_at,
     tile_mask,
     tile_offsets,
@@ -137,7 +136,7 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
     da, written = torch.empty_like(a), None if b is None else torch.empty_like(b)
     db = du.new_empty(0, dtype=torch.float32) if b is None else written
     dsigma = du.new_empty(0, dtype=torch.float32) if sigma is None else sigma.new_zeros(sigma.shape)
-    if row_count(a.shape, dim) == 0 or a.numel() == 0:
+    if a.numel() == 0:
         return da, db, dsigma
     # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside
     # it.

@@ -9,7 +9,6 @@ whichever of the two varies faster.
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -209,10 +208,6 @@ def flat_rows(x: torch.Tensor) -> torch.Tensor:
     """[rows, columns] of columns side by side; copied only where no view is"""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
-def row_count(shape, dim: int) -> int:
-    return math.prod(size for axis, size in enumerate(shape) if axis != dim % len(shape))
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
