@@ -75,8 +75,7 @@ std::tuple<Tensor, Tensor> affine_variance_bwd(
          dsigma = empty_vector(sigma, sigma.size(0));
   a.dv = dv.const_data_ptr();
   if (given) {
-    check_same(*given, "given", weight);
-    check_same_shape(*given, "given", weight, "weight");
+    check_alike(*given, "given", weight, "weight");
     given = torch::stable::contiguous(*given);
     a.given = operand_of(*given);
   }
@@ -88,12 +87,11 @@ std::tuple<Tensor, Tensor> affine_variance_bwd(
 
 std::tuple<Tensor, Tensor, Tensor> expectation_bwd(
     Tensor dy, Tensor mu, Tensor v, std::string activation) {
-  check_same(dy, "dy", mu);
   dy = torch::stable::contiguous(dy);
   mu = torch::stable::contiguous(mu);
   v = torch::stable::contiguous(v);
   ExpectationArgs a = start_expectation(mu, v, activation);
-  check_same_shape(dy, "dy", mu, "mu");
+  check_alike(dy, "dy", mu, "mu");
   Tensor dmu = empty_like(mu, mu.scalar_type()), dv = empty_vector(v, v.size(0)),
          sum = empty_vector(v, v.size(0));
   a.mu = operand_of(mu);

@@ -15,7 +15,7 @@ Tensor gate(
   GateArgs args{};
   args.draw = draw_of(a, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   args.kind = activation_named(activation);
-  if (b) check_same(*b, "b", a), check_same_shape(*b, "b", a, "a");
+  if (b) check_alike(*b, "b", a, "a");
   const auto run = [&](const Tensor& u) {
     if (!lay_out(args, dim, {{&a, &args.a}, {b ? &*b : nullptr, &args.b}, {&u, &args.u}}))
       return false;
@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> gate_bwd(
   args.draw =
       draw_of(a, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
   args.kind = activation_named(activation);
-  check_same(du, "du", a), check_same_shape(du, "du", a, "a");
-  if (b) check_same(*b, "b", a), check_same_shape(*b, "b", a, "a");
+  check_alike(du, "du", a, "a");
+  if (b) check_alike(*b, "b", a, "a");
   Tensor dsigma = sigma ? empty_vector(*sigma, a.size(dim)) : empty_gradient(a);
   if (sigma) args.dsigma = dsigma.mutable_data_ptr();
   const auto run = [&](const Tensor& da, const Tensor& db) {

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     Tensor du, Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias,
     std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
     int64_t sample, double factor, bool log_variance, std::string kind, double offset) {
-  check_same(du, "du", x), check_same_shape(du, "du", x, "x");
+  check_alike(du, "du", x, "x");
   const Draw draw =
       draw_of(x, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
   NormArgs a = start_norm(x, weight, bias, draw, dim, kind, offset);

@@ -115,8 +115,7 @@ template <Launch kLaunch>
 std::tuple<Tensor, Tensor> perturb_replay(
     Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
     int64_t sample, double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
-  check_same(du, "du", x);
-  check_same_shape(du, "du", x, "x");
+  check_alike(du, "du", x, "x");
   PerturbArgs a{};
   a.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   const ScalarType type = out_dtype.value_or(x.scalar_type());

@@ -230,7 +230,9 @@ inline Draw draw_of(
   return draw;
 }
 
-inline void check_same_shape(const Tensor& a, const char* name, const Tensor& x, const char* like) {
+// Of the device and the shape of x.
+inline void check_alike(const Tensor& a, const char* name, const Tensor& x, const char* like) {
+  check_same(a, name, x);
   bool same = a.dim() == x.dim();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = a.size(d) == x.size(d);
   STD_TORCH_CHECK(same, name, ": expected the shape of ", like);
