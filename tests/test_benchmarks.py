@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -343,6 +344,30 @@ def test_tables_of_a_page_are_those_of_the_record(kind, page, program):
     assert texts[program](run) in (ROOT / "docs" / f"{page}.md").read_text()
     if (kind, program) == ("amd", "overhead"):
         assert overhead.short_text(run) in (ROOT / "README.md").read_text()
+
+
+def rows_of(program, run):
+    """The cells of the rows that a page shows of a run."""
+    if program == "averaging":
+        return [*run["analytic"], *run["mean"]]
+    if program == "producers":
+        names = ("dtype", "shape", "kind", "what")
+        return [[*(row[n] for n in names), *bench_producers.cells(row)] for row in run["rows"]]
+    return [[*row[:3], f"{row[3]:.1f}", row[4]] for row in run["layers"]]
+
+
+@pytest.mark.parametrize(
+    "kind, page, program",
+    [("amd", "measured", "averaging")]
+    + [("intel", "measured_intel", name) for name in ("averaging", "producers", "small-layer")],
+)
+def test_rows_of_a_page_are_those_of_the_record(kind, page, program):
+    (path,) = (ROOT / "benchmarks" / "results").glob(f"{kind}-*.json")
+    run, text = report.load(path, program), (ROOT / "docs" / f"{page}.md").read_text()
+    text = re.sub(" +", " ", text.split(f"<!-- {program}:begin -->")[1].split("<!--")[0])
+    assert machine.sentence(run["machine"]) in text
+    for row in rows_of(program, run):
+        assert re.sub(" +", " ", f"| {' | '.join(row)} |") in text
 
 
 def test_records_are_small_and_whole(tmp_path, quick):
