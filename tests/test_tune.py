@@ -71,7 +71,9 @@ def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys
         (made_up, {"budget": 10}, "^budget: expected at least 52 units for 12 pairs, got 10"),
         (made_up, {"budget": 100, "ratios": []}, "^ratios, kls: "),
         (made_up, {"budget": 100, "ratios": [0]}, "^ratios: "),
-        (made_up, {"budget": 100, "kls": [-1]}, "^kls: "),
+        (made_up, {"budget": 100, "kls": -1}, "^kls: "),
+        (made_up, {"budget": 100, "ratios": None}, "^ratios: expected a finite number > 0, got N"),
+        (made_up, {"budget": 100, "kls": "0.4"}, "^kls: expected a finite number >= 0, got '0.4'"),
         (made_up, {"budget": 100, "tolerance": -1}, "^tolerance: "),
         (lambda *a: {"clean": 1}, {"budget": 100}, "^run: expected a mapping"),
         (lambda *a: 0.5, {"budget": 100}, "^run: expected a mapping"),
@@ -83,5 +85,5 @@ def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys
     ],
 )
 def test_bad_input_is_named(run, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         dip.tune(run, progress=False, **options)

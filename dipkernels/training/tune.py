@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -80,8 +80,8 @@ def tune(
     run: Callable[[float, float, int], Mapping[str, float]],
     budget: int,
     *,
-    ratios: Sequence[float] = RATIOS,
-    kls: Sequence[float] = WEIGHTS,
+    ratios: float | Iterable[float] = RATIOS,
+    kls: float | Iterable[float] = WEIGHTS,
     tolerance: float = 0.01,
     progress: bool = True,
 ) -> Tuned:
@@ -98,8 +98,8 @@ def tune(
             compares them best. An error in it ends `tune`, and the trials before are lost: where
             they take hours, let it write each result to a file, and look there first.
         budget: units in all, at least one for each pair and round.
-        ratios: values for `calibrate`, > 0.
-        kls: values for `objective`, >= 0.
+        ratios: values for `calibrate`, > 0, or one.
+        kls: values for `objective`, >= 0, or one.
         tolerance: >= 0, clean score that may be given up, in run's units (0.01 is a point of
             accuracies in 0 .. 1).
         progress: whether to show a progress bar, if tqdm is installed.
@@ -121,9 +121,10 @@ def tune(
     """
     if not callable(run):
         raise TypeError(f"run: expected a function of (ratio, kl, budget), got {described(run)}")
+    ratios, kls = _listed(ratios), _listed(kls)
     pairs = list(itertools.product(ratios, kls))
     if not pairs:
-        raise ValueError(f"ratios, kls: expected some of each, got {list(ratios)} and {list(kls)}")
+        raise ValueError(f"ratios, kls: expected some of each, got {ratios} and {kls}")
     pairs = [(real("ratios", r, above=0), real("kls", w, least=0)) for r, w in pairs]
     tolerance = real("tolerance", tolerance, least=0)
     rounds = plan(len(pairs), integer("budget", budget))
@@ -138,6 +139,14 @@ def tune(
             pairs = [(t.ratio, t.kl) for t in ranked(now, tolerance)]
     ratio, kl = pairs[0]
     return Tuned(ratio, kl, tuple(trials), tolerance)
+
+
+def _listed(values: Any) -> list[Any]:
+    """The values, of one number a list of one."""
+    try:
+        return [values] if isinstance(values, str) else list(values)
+    except TypeError:
+        return [values]
 
 
 def plan(pairs: int, budget: int) -> list[tuple[int, int]]:
