@@ -214,6 +214,7 @@ def test_energy_score_is_differentiable_where_draws_are_equal():
     out = torch.zeros(3, 4, 2, requires_grad=True)
     energy_score(out, torch.ones(4, 2)).backward()
     assert out.grad.isfinite().all() and (out.grad < 0).all()
+    assert energy_score(out[:, :0], torch.ones(0, 2)).isnan()  # no examples: as torch's losses
     leaf = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(energy_score, (leaf, torch.randn(4, 2, dtype=torch.float64)))
 

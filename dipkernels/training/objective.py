@@ -276,8 +276,8 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
             f"{tuple(target.shape)}"
         )
     wide = torch.promote_types(out.dtype, torch.float32)
-    draws = out.to(wide).reshape(*out.shape[:2], -1)
+    draws = out.to(wide).unsqueeze(-1).flatten(2)
     first, second = torch.triu_indices(len(out), len(out), 1, device=out.device)
     apart = (draws[first] - draws[second]).norm(dim=-1).mean()
-    away = (draws - target.to(wide).reshape(len(target), -1)).norm(dim=-1).mean()
+    away = (draws - target.to(wide).unsqueeze(-1).flatten(1)).norm(dim=-1).mean()
     return away - apart / 2
