@@ -82,6 +82,17 @@ class TwoStems(nn.Module):
         return self.relu(self.a(x)) + self.b(x)
 
 
+class Wrapped(nn.Module):
+    """Whose output holds the logits by a name."""
+
+    def __init__(self, model, name="logits"):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, x):
+        return {self.name: self.model(x)}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -97,11 +108,22 @@ class TwoStems(nn.Module):
         (TwoStems, "^model: expected to read x through its DIP layer 'a' alone"),
         (spread, "^model: expected one sigma"),
         (lambda: dip.DIPLinear(3, 2, num_samples=2), "^model: expected num_samples=1"),
+        (lambda: dip.DIPLinear(3, 1), r"^model: expected logits \[B, C\] of C >= 2 .* 2, 1\)"),
+        (lambda: Wrapped(TwoStems()), "^model: expected to read x through its DIP layer"),
+        (lambda: Wrapped(dip.DIPLinear(3, 2), "scores"), r"^model: expected logits .*, got dict"),
     ],
 )
 def test_what_certifies_nothing_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
-        dip.certify(model(), torch.randn(2, 3))
+        dip.certify(model(), torch.randn(2, 3), k=50)
+
+
+def test_logits_that_an_output_holds_are_certified():
+    x, found = torch.randn(4, 3), []
+    for model in (linear(), Wrapped(linear())):
+        with dip.fixed_noise(1):
+            found.append(dip.certify(model, x, k=50))
+    assert torch.equal(found[0].radius, found[1].radius)
 
 
 def test_what_works_in_place_behind_the_layer_is_certified():
@@ -123,6 +145,9 @@ def test_a_target_of_another_shape_is_not_spread_over_the_examples(target):
     found = dip.certify(linear(), torch.randn(2, 3), k=10)
     with pytest.raises(ValueError, match=r"^target: expected a tensor of shape \(2,\)"):
         found.accuracy(target, 0.1)
+    for radius, error in (("0.1", TypeError), (-1, ValueError), (float("nan"), ValueError)):
+        with pytest.raises(error, match=r"^radius: expected a finite number >= 0"):
+            found.accuracy(torch.zeros(2), radius)
 
 
 @pytest.mark.parametrize(

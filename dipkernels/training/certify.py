@@ -14,7 +14,7 @@ from ..arguments import described, integer, real
 from ..models.probe import eval_mode, for_each, input_of, run_batch, watch
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
-from .predict import predict, require_batch
+from .predict import logits_of, predict, require_batch
 
 ABSTAIN = -1
 
@@ -34,8 +34,9 @@ class Certificate:
         this, 0 .. 1.
 
         Raises:
-            ValueError: target is not one class for each example.
+            TypeError, ValueError: target is not one class for each example, or a bad radius.
         """
+        radius = real("radius", radius, least=0)
         if not isinstance(target, Tensor) or target.shape != self.classes.shape:
             raise ValueError(
                 f"target: expected a tensor of shape {tuple(self.classes.shape)}, got "
@@ -65,7 +66,8 @@ def certify(
     `predict`: under fixed_noise they repeat.
 
     Args:
-        model: a classifier with logits [B, C] and one DIP layer, which reads x.
+        model: a classifier of two classes or more, with logits [B, C] as its output or as the
+            `logits` of it, and one DIP layer, which reads x.
         x: [B, ...], the only input.
         k: number of passes, >= 1, that bound the probability of the class.
         k0: number of other passes, >= 1, that choose the class.
@@ -93,9 +95,12 @@ def certify(
     confidence = real("confidence", confidence, above=0, below=1)
     require_batch(x)
     sigma = _input_sigma(model, x)
-    votes = predict(model, x, k=k0 + k, average=None, chunk=chunk)
-    if not isinstance(votes, Tensor) or votes.ndim != 3:
-        raise ValueError(f"model: expected logits [B, C] for each pass, got {described(votes)}")
+    votes = logits_of(predict(model, x, k=k0 + k, average=None, chunk=chunk))
+    if not isinstance(votes, Tensor) or votes.ndim != 3 or votes.shape[-1] < 2:
+        raise ValueError(
+            "model: expected logits [B, C] of C >= 2 classes for each pass, got "
+            f"{described(votes)}; of one logit z make two: torch.cat([-z, z], -1)"
+        )
     if bool(votes.isnan().any()):  # argmax would take it for the surest class
         raise ValueError("model: expected logits that are numbers, got NaN for noisy inputs")
     votes = votes.argmax(-1)  # [k0 + k, B]
@@ -174,6 +179,6 @@ def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
         return held[0].clone()  # what follows may work in place
 
     with layer.register_forward_hook(hold), eval_mode(model):
-        for_each(model, [x, x + 1], lambda batch: outs.append(run_batch(model, batch)))
+        for_each(model, [x, x + 1], lambda batch: outs.append(logits_of(run_batch(model, batch))))
     first, second = outs
     return isinstance(first, Tensor) and not torch.allclose(first, second, equal_nan=True)

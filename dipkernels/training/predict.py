@@ -178,14 +178,20 @@ def require_batch(x: object) -> None:
         raise ValueError("x: expected finite values, got NaN or infinity")
 
 
+def logits_of(out: Any) -> Any:
+    """A tensor as it is, of another output what it has as `logits`, or itself."""
+    if isinstance(out, Tensor):
+        return out
+    return out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
+
+
 def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int = 0) -> Tensor:
     """The output, or its `logits`, at least float32; its softmax over dim for "probs", its sigmoid
     for "sigmoid".
 
     stacked: the number of dimensions in front of the model's own, which dim does not count.
     """
-    if not isinstance(out, Tensor):
-        out = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
+    out = logits_of(out)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise TypeError(
             f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass "
