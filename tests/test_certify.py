@@ -1,6 +1,8 @@
 """certify: the bound is Clopper and Pearson's, the radius is that of a linear classifier, inner
 noise is refused."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,18 @@ def test_the_draws_replay_and_modes_and_bounds_stay():
     assert sure.radius.item() == pytest.approx(
         0.01 * torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()
     )
+
+
+def test_the_passes_that_choose_the_class_do_not_bound_it(monkeypatch):
+    """The bound holds for draws that the choice has not seen."""
+    chosen, bounding = [1, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    votes = torch.eye(2)[torch.tensor(chosen + bounding)][:, None]
+    monkeypatch.setattr(
+        importlib.import_module(dip.certify.__module__), "predict", lambda *a, **k: votes
+    )
+    found = dip.certify(linear(), torch.ones(1, 3), k=10, k0=4, confidence=0.9)
+    p = torch.tensor(lower_bound(9, 10, 0.9), dtype=torch.float64)
+    assert found.radius.item() == pytest.approx(0.5 * torch.special.ndtri(p).item())
 
 
 def test_images_are_noised_at_every_pixel_alike():

@@ -45,6 +45,13 @@ def test_each_round_halves_the_pairs_and_doubles_what_they_get():
     assert plan(1, 7) == [(1, 7)]
 
 
+def test_beyond_the_tolerance_the_cleaner_pair_goes_on():
+    clean = {1: 0.9, 2: 0.5, 3: 0.6, 4: 0.7}
+    run = lambda ratio, kl, budget: {"clean": clean[ratio], "robust": 1 - clean[ratio]}  # noqa: E731
+    found = dip.tune(run, 8, ratios=clean, kls=1, progress=False)
+    assert [t.ratio for t in found.trials] == [1, 2, 3, 4, 1, 4] and found.ratio == 1
+
+
 def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
