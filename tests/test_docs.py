@@ -77,6 +77,16 @@ def test_nothing_names_a_machine():
         assert not re.search(r"(?<![\w.])/(home|root|work|tmp)/", path.read_text()), path
 
 
+def test_faults_are_planted_in_every_compiled_kernel_of_today():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    triton = [path.read_text() for path in (ROOT / "triton_kernels").glob("*.py")]
+    kernels = re.findall(r"^def (\w+_kernel)\(", "\n".join(triton), re.MULTILINE)
+    cuda = (ROOT / "csrc" / "cuda" / "perturb.cu").read_text()
+    kernels += re.findall(r"(\w+_kernel)\(const \w+ p\) \{", cuda)
+    assert len(kernels) > 10
+    assert set(re.findall(r"^\| (?:CUDA|Triton): (\w+) \|", page, re.MULTILINE)) == set(kernels)
+
+
 def test_readme_figures_are_those_of_the_record():
     record = json.loads((ROOT / "benchmarks" / "results" / "amd-0.1.0.json").read_text())
     text = (ROOT / "README.md").read_text().partition("| measured on")[2].partition("\n\n")[0]
