@@ -242,7 +242,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--patch-size", type=int, default=16, help="pixels of a patch's side (16)")
     parser.add_argument("--blocks", type=int, help="number of blocks, if not the size's own 12")
-    parser.add_argument("--training", choices=("clean", "Gaussian", "FGSM"), default="clean")
+    parser.add_argument(
+        "--training",
+        choices=("clean", "Gaussian", "FGSM"),
+        default="clean",
+        help="on the images as they are, with --noise, or attacked by --eps (clean)",
+    )
     parser.add_argument(
         "--noise", type=float, default=0.5, help="sigma of the Gaussian perturbation (0.5)"
     )

@@ -1,6 +1,7 @@
 """What a reader copies from README and docs/ runs: indented lines of Python with stand-ins for
 their names, and commands."""
 
+import ast
 import copy
 import re
 import warnings
@@ -182,6 +183,14 @@ def test_commands_name_scripts_and_flags_that_exist():
                 assert f'"{flag}"' in sources(script), (page.name, name, flag)
         for path in re.findall(r"(?<!\S)((?:benchmarks|docs|examples)/[\w./-]+)", rest):
             assert (ROOT / path).exists(), (page.name, path)
+
+
+def test_every_flag_of_an_example_says_what_it_is_for():
+    for path in (ROOT / "examples").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            name = isinstance(call, ast.Call) and ast.unparse(call.func)
+            if name in ("parser.add_argument", "add"):
+                assert "help" in {k.arg for k in call.keywords}, (path.name, ast.unparse(call))
 
 
 def test_make_targets_exist():

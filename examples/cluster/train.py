@@ -263,8 +263,12 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("out/cluster"))
+    parser.add_argument(
+        "config", type=Path, help="JSON file of model and training, such as digits.json"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/cluster"), help="folder of the run (out/cluster)"
+    )
     parser.add_argument("--steps", type=int, help="instead of the configuration's")
     arguments = parser.parse_args()
     try:
