@@ -204,8 +204,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/attacks"))
     parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES), metavar="TASK")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--seeds", type=parts.count, default=3)
+    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--quick", action="store_true", help="digits, one seed, few steps")
     args = parser.parse_args(arguments)
     if args.quick:

@@ -218,8 +218,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--trainings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TRAINING"
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--seeds", type=parts.count, default=3)
+    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--stored", action="store_true", help="run nothing: report what is stored")
     parser.add_argument(
         "--quick", action="store_true", help="two small tasks, one seed, few methods"

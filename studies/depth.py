@@ -41,8 +41,8 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/depth"))
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--seeds", type=parts.count, default=2)
+    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--quick", action="store_true", help="a short training of the MLP")
     args = parser.parse_args(arguments)
     keys = [

@@ -334,8 +334,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         metavar="TRAINING",
         help="also with three times the epochs: 'SGD, 3 x' (AdamW; AdamW, cosine; SGD)",
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--seeds", type=parts.count, default=3)
+    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
     parser.add_argument("--quick", action="store_true", help="two small tasks, one seed")
     args = parser.parse_args(arguments)

@@ -397,8 +397,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         metavar="METHOD",
         help=f"{', '.join(TRAINED)} (which brings frozen, shuffled and rescaled) (all)",
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--seeds", type=parts.count, default=3)
+    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
     parser.add_argument("--quick", action="store_true", help="two methods, one seed, one epoch")
     args = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -62,6 +63,13 @@ def run(
                 _write(file, {**key, **part(key)})
                 bar.update()
     return [json.loads(file.read_text()) for file in files]
+
+
+def count(text: str) -> int:
+    """A flag's number of seeds or processes."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
 
 
 def write(out: Path, summary: Any, table: str) -> None:

@@ -337,14 +337,20 @@ def test_fashion_mnist_is_read_packed_or_not(tmp_path, monkeypatch):
     assert x[0, :3].tolist() == pytest.approx([0, 1 / 255, 2 / 255])
 
 
+STUDIES = ["defaults", "features", "attacks", "uncertainty", "extrapolation", "held_back", "depth"]
+STUDIES += ["images", "arithmetic_paired"]
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--workers"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_of_no_seeds_or_processes_is_refused(name, flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main([flag, "0", "--out", str(tmp_path)])
+    assert f"{flag}: expected at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("defaults", "features", "attacks", "uncertainty", "extrapolation"),
-        *("held_back", "depth", "images", "arithmetic_paired"),
-    ],
-)
+@pytest.mark.parametrize("name", STUDIES)
 def test_each_study_runs(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     if name == "extrapolation":
