@@ -11,6 +11,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "launch.h"
@@ -79,8 +80,9 @@ inline std::optional<Operand> as_rows(const Tensor& t, int64_t dim) {
   return rows;
 }
 
-inline std::optional<Operand> as_channels(const Tensor& t, int64_t dim) {
-  const auto outer = collapse(t, 0, dim, dim), inner = collapse(t, dim + 1, t.dim(), dim);
+// The dimensions before `split` are the outer ones, those from there on the inner.
+inline std::optional<Operand> as_channels(const Tensor& t, int64_t dim, int64_t split) {
+  const auto outer = collapse(t, 0, split, dim), inner = collapse(t, split, t.dim(), dim);
   if (!outer || inner != 1) return std::nullopt;  // an expanded one has stride 0
   return Operand{nullptr, dtype_of(t.scalar_type(), "data"), *outer, t.stride(dim)};
 }
@@ -170,15 +172,18 @@ bool lay_out(Args& a, int64_t dim, const std::vector<View>& views) {
   };
   const auto sizes = first.sizes();
   a.features = sizes[dim];
-  a.outer = a.inner = 1;
-  for (int64_t d = 0; d < first.dim(); ++d)
-    if (d != dim) (d < dim ? a.outer : a.inner) *= sizes[d];
-  if (fit(as_rows)) {
-    a.outer *= a.inner;
-    a.inner = 1;
-    return true;
+  a.outer = a.features ? first.numel() / a.features : 0;
+  a.inner = 1;
+  if (fit(as_rows)) return true;
+  std::swap(a.outer, a.inner);
+  for (int64_t split = 0; split < first.dim(); ++split) {  // the longest inner runs first
+    if (split == dim) continue;
+    const auto channels = [&](const Tensor& t, int64_t d) { return as_channels(t, d, split); };
+    if (a.inner > 1 && fit(channels)) return true;
+    a.outer *= sizes[split];
+    a.inner /= sizes[split];
   }
-  return a.inner > 1 && fit(as_channels);
+  return false;
 }
 
 inline Operand operand_of(const Tensor& t) {

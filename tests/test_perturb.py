@@ -188,6 +188,19 @@ def test_perturb_ignores_strides(shape, dim, dtype):
         torch.testing.assert_close(replayed, dsigma, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "axes, dim", [((1, 0), -1), ((0, 2, 1), -1), ((0, 2, 3, 1), -1), ((1, 0, 2), 0)]
+)
+def test_perturb_of_features_that_lie_apart_copies_nothing(axes, dim):
+    x = torch.randn(6, 24, 4, 5)[(..., *[0] * (4 - len(axes)))].contiguous().permute(axes)
+    sigma, where = torch.ones(x.shape[dim]), Draw(*arguments(dim))
+    with torch.profiler.profile() as trace:
+        perturb(x, sigma, SEED, where, None)
+        perturb_replay(x, x, sigma, SEED, where, None)
+        perturb_bwd(x, sigma, SEED, where)
+    assert not {"aten::copy_", "aten::clone"} & {event.name for event in trace.events()}
+
+
 def test_perturb_takes_expanded_gradients():
     x, _, sigma = inputs((6, 20))
     ones = torch.ones(()).expand(6, 20)
