@@ -11,6 +11,7 @@ import torch
 from plain_support import assert_plain
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dipkernels as dip
 from dipkernels.models import spreads
@@ -516,6 +517,26 @@ def test_calibrate_sets_sigma_to_ratio_times_the_spread():
         want = 0.2 * read.double().std(0, correction=0)
         torch.testing.assert_close(layer.variance.sigma.double(), want, rtol=tolerance, atol=0)
     assert rows[0].ratio == pytest.approx(0.2, rel=1e-4)
+
+
+def test_calibrate_copies_a_large_input_to_float64_in_parts():
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype is torch.float64:
+                self.largest = max(self.largest, out.numel())
+            return out
+
+    model = convert(nn.Sequential(nn.Conv2d(3, 2, 3)))
+    x = torch.randn(40, 3, 60, 60) + torch.arange(3.0)[:, None, None]
+    with Sizes() as sizes:
+        calibrate(model, [x], ratio=1)
+    assert 0 < sizes.largest <= spreads.PART < x.numel()
+    spread = x.double().std((0, 2, 3), correction=0)
+    sigma = spread.square().mean().sqrt().float()
+    torch.testing.assert_close(model[0].variance.sigma, sigma.expand(3))
 
 
 def test_calibrate_gives_a_layer_one_sigma_from_its_root_mean_square_spread_and_the_same_prior():

@@ -22,6 +22,8 @@ from .probe import input_of, readers_of, watch
 
 # values of an example below which it is measured how many of them are independent
 FEW = 64
+# values that are copied to float64 at once
+PART = 2**18
 # spread over size below which a layer's input says nothing of what it will be like in training
 STILL = 1e-3
 
@@ -37,9 +39,11 @@ class _Moments:
         self.scatter: Tensor | float = 0.0
 
     def add(self, rows: Tensor) -> None:
-        if len(rows) == 0:
-            return
-        rows = rows.double()
+        # in parts: of a convolution's whole input three copies in float64 would be made
+        for part in rows.split(max(1, PART // max(1, rows.shape[1]))) if len(rows) else ():
+            self._add(part.double())
+
+    def _add(self, rows: Tensor) -> None:
         mean, total = rows.mean(0), self.count + len(rows)
         delta = mean - self.mean
         self.scatter = (
