@@ -75,13 +75,10 @@ std::tuple<Tensor, Tensor> norm(
   const Tensor stats = empty_strided(x, {sizes.data(), 2}, {strides.data(), 2}, stats_type(x));
   set_stats(a, stats, x);
   const RowsOf rows(x);
-  const Tensor u = empty_like(x, out_dtype.value_or(x.scalar_type()));
-  const RowsOf u_rows(u);
+  const Tensor u = empty_dense(x, out_dtype.value_or(x.scalar_type()));
   a.x = rows.operand;
-  a.u = u_rows.operand;
+  a.u = RowsOf(u).operand;
   check_done(norm_cpu(a, parallel_for));
-  if (u_rows.operand.data != u.const_data_ptr())
-    torch::stable::copy_(const_cast<Tensor&>(u), u_rows.tensor);
   return {u, stats};
 }
 
@@ -102,14 +99,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
   if (bias) a.dbias = operand_of(dbias);
   if (sigma) a.dsigma = const_cast<void*>(dsigma.const_data_ptr());
   const RowsOf rows(x), du_rows(du);
-  const Tensor dx = empty_like(x, x.scalar_type());
-  const RowsOf dx_rows(dx);
+  const Tensor dx = empty_dense(x, x.scalar_type());
   a.x = rows.operand;
   a.du = du_rows.operand;
-  a.dx = dx_rows.operand;
+  a.dx = RowsOf(dx).operand;
   check_done(norm_cpu(a, parallel_for));
-  if (dx_rows.operand.data != dx.const_data_ptr())
-    torch::stable::copy_(const_cast<Tensor&>(dx), dx_rows.tensor);
   return {dx, dweight, dbias, dsigma};
 }
 

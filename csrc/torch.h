@@ -141,6 +141,16 @@ inline Tensor empty_like(const Tensor& t, ScalarType type) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Of t's shape, contiguous.
+inline Tensor empty_dense(const Tensor& t, ScalarType type) {
+  std::vector<int64_t> strides(static_cast<size_t>(t.dim()), 1);
+  for (size_t d = strides.size(); d-- > 1;) {
+    const int64_t size = t.size(static_cast<int64_t>(d));
+    strides[d - 1] = strides[d] * (size ? size : 1);
+  }
+  return empty_strided(t, t.sizes(), {strides.data(), strides.size()}, dtype_of(type, "dtype"));
+}
+
 // torch::stable::new_empty, float32, that says what failed.
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {
   try {

@@ -394,7 +394,7 @@ def norm(
     )
     wide = torch.promote_types(x.dtype, torch.float32)
     stats = torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
-    return _noised(y.reshape(x.shape), x, sigma, seed, *draw, out_dtype), stats
+    return _noised(y.reshape(x.shape), x.contiguous(), sigma, seed, *draw, out_dtype), stats
 
 
 def norm_bwd(
@@ -426,7 +426,7 @@ def norm_bwd(
     g = g * _norm_weight(weight, offset)
     shift = g.mean(1, keepdim=True) if kind == "layer" else 0.0
     dx = g - h * (g * h).mean(1, keepdim=True) - shift
-    dx = torch.empty_like(x).copy_((dx * rstd).reshape(x.shape))
+    dx = (dx * rstd).reshape(x.shape).to(x.dtype)
     return dx, dweight, dbias, _dsigma(du, sigma, seed, *draw)
 
 

@@ -10,7 +10,7 @@ from saved_support import saved_bytes
 from sums_support import telling_terms
 from torch.autograd import gradcheck, gradgradcheck
 
-from dipkernels import functional, producers, reference
+from dipkernels import backend, functional, producers, reference
 from dipkernels.backends import cpu_capability
 from dipkernels.ops import gate, norm, registry
 from dipkernels.ops.draw import Draw
@@ -358,6 +358,20 @@ def test_producers_ignore_strides():
     ):
         got = list(everything((12, 40), transform=transform))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_gives_dense_rows_as_torchs_own(name, kind):
+    x = torch.randn(3, 40, 4, 5).permute(0, 2, 3, 1)
+    dense = torch.empty(x.shape).stride()
+    sigma = torch.ones(40)
+    with backend(name):
+        for each in (x, torch.empty_like(x, device="meta")):
+            place = (sigma.to(each.device), SEED.to(each.device), Draw(), kind)
+            u, stats = norm.norm(each, None, None, *place, 1e-5, 0.0, None)
+            dx, *_ = backward("norm_bwd", each, each, stats, None, None, *place, 0.0)
+            assert u.stride() == dx.stride() == dense
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])

@@ -265,7 +265,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
     _, row0, col0, sample, factor, log_variance, kind, eps, offset, out_dtype = draw_and_norm
     m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    u = torch.empty_like(x, dtype=out_dtype)
+    u = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     stats = torch.empty(1 + centred, m, dtype=wide, device=x.device)
     if u.numel() == 0:
         return u, stats
@@ -288,7 +288,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
             **EXACT,
             **ALL_REGISTERS,
         )
-    return u if flat_u.data_ptr() == u.data_ptr() else u.copy_(flat_u.view(u.shape)), stats
+    return u, stats
 
 
 def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
@@ -296,7 +296,7 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
     drawn."""
     _, row0, col0, sample, factor, log_variance, kind, offset = draw_and_norm
     m, k, shift = x.shape[:-1].numel(), x.shape[-1], col0 % 8
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     weight, bias, sigma = columns = _dense(weight, bias, sigma)
     grads = [
         du.new_empty(0, dtype=torch.float32) if t is None else torch.zeros_like(t) for t in columns
@@ -342,4 +342,4 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
         column_sum(grads[1], partial[1])
     if sigma is not None:
         column_sum(grads[2], partial[2], sigma, factor, log_variance)
-    return dx if flat_dx.data_ptr() == dx.data_ptr() else dx.copy_(flat_dx.view(dx.shape)), *grads
+    return dx, *grads

@@ -67,7 +67,8 @@ def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kind, dtype = rest[-4], rest[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
     stats = x.new_empty((2 if kind == "layer" else 1, math.prod(x.shape[:-1])), dtype=wide)
-    return torch.empty_like(x, dtype=dtype), stats
+    # contiguous, as torch's own norms return
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), stats
 
 
 registry.define(
@@ -82,8 +83,7 @@ registry.define(
     f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, "
     "float offset) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda du, x, stats, weight, bias, sigma, *rest: (
-        torch.empty_like(x),
-        *(fake_like(t, x) for t in (weight, bias, sigma)),
+        *(fake_like(t, x) for t in (x, weight, bias, sigma)),
     ),
 )
 
