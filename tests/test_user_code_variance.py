@@ -576,6 +576,9 @@ def test_looking_for_decay_costs_a_comparison_and_keeps_nothing_alive():
     step(optimizer, model)
     with mock.patch.object(decay, "_variances", None):  # which would be read to look again
         step(optimizer, model, 3)
+        step(torch.optim.SGD(model.parameters(), lr=1e-3), model)  # decays nothing
+    with mock.patch.object(Variance, "parameters", None):  # which walks a module
+        assert len(step(torch.optim.AdamW(model.parameters(), lr=1e-3), model)) == 1
     seen = [weakref.ref(model[0].variance), weakref.ref(optimizer)]
     del model, optimizer
     gc.collect()

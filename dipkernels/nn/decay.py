@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     decayed = {
         id(p) for group in groups if _decays(group) for p in group["params"] if p.requires_grad
     }
-    count = sum(
-        any(id(p) in decayed for p in variance.parameters()) for variance in list(_variances)
-    )
+    if not decayed:
+        return
+    count = sum(any(id(p) in decayed for p in _parameters(v)) for v in list(_variances))
     if count:
         warnings.warn(
             f"dipkernels: {type(optimizer).__name__} decays the log_variance of {count} DIP "
@@ -48,6 +49,11 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "or put the parameters named *.log_variance into a group with weight_decay=0",
             stacklevel=3,
         )
+
+
+def _parameters(variance: nn.Module) -> Iterable[nn.Parameter | None]:
+    # An optimiser for each parameter looks at every variance, so no module is walked for nothing.
+    return variance.parameters() if variance._modules else variance._parameters.values()
 
 
 def _decays(group: dict[str, Any]) -> bool:
