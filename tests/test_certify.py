@@ -6,6 +6,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dipkernels as dip
 from dipkernels.training.certify import lower_bound
@@ -63,13 +64,31 @@ def test_the_draws_replay_and_modes_and_bounds_stay():
 def test_the_passes_that_choose_the_class_do_not_bound_it(monkeypatch):
     """The bound holds for draws that the choice has not seen."""
     chosen, bounding = [1, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1, 1, 1, 1]
-    votes = torch.eye(2)[torch.tensor(chosen + bounding)][:, None]
+    votes = torch.tensor(chosen + bounding)[:, None]
     monkeypatch.setattr(
         importlib.import_module(dip.certify.__module__), "predict", lambda *a, **k: votes
     )
     found = dip.certify(linear(), torch.ones(1, 3), k=10, k0=4, confidence=0.9)
     p = torch.tensor(lower_bound(9, 10, 0.9), dtype=torch.float64)
     assert found.radius.item() == pytest.approx(0.5 * torch.special.ndtri(p).item())
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+def test_no_more_logits_are_kept_than_of_one_chunk():
+    model = nn.Sequential(dip.DIPInput(4), nn.Linear(4, 50))
+    with Largest() as largest:
+        dip.certify(model, torch.randn(2, 4), k=1000, chunk=16)
+    assert 16 * 2 * 50 <= largest.numel <= (64 + 1000) * 2  # of the votes
 
 
 def test_images_are_noised_at_every_pixel_alike():
@@ -122,7 +141,10 @@ class Wrapped(nn.Module):
         (TwoStems, "^model: expected to read x through its DIP layer 'a' alone"),
         (spread, "^model: expected one sigma"),
         (lambda: dip.DIPLinear(3, 2, num_samples=2), "^model: expected num_samples=1"),
-        (lambda: dip.DIPLinear(3, 1), r"^model: expected logits \[B, C\] of C >= 2 .* 2, 1\)"),
+        (
+            lambda: dip.DIPLinear(3, 1),
+            r"^model: expected logits \[B, C\] of C >= 2 .*, got torch.float32 \(32, 1\); of",
+        ),
         (lambda: Wrapped(TwoStems()), "^model: expected to read x through its DIP layer"),
         (lambda: Wrapped(dip.DIPLinear(3, 2), "scores"), r"^model: expected logits .*, got dict"),
     ],

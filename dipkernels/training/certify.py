@@ -95,15 +95,7 @@ def certify(
     confidence = real("confidence", confidence, above=0, below=1)
     require_batch(x)
     sigma = _input_sigma(model, x)
-    votes = logits_of(predict(model, x, k=k0 + k, average=None, chunk=chunk))
-    if not isinstance(votes, Tensor) or votes.ndim != 3 or votes.shape[-1] < 2:
-        raise ValueError(
-            "model: expected logits [B, C] of C >= 2 classes for each pass, got "
-            f"{described(votes)}; of one logit z make two: torch.cat([-z, z], -1)"
-        )
-    if bool(votes.isnan().any()):  # argmax would take it for the surest class
-        raise ValueError("model: expected logits that are numbers, got NaN for noisy inputs")
-    votes = votes.argmax(-1)  # [k0 + k, B]
+    votes = predict(_Classes(model), x, k=k0 + k, average=None, chunk=chunk)  # [k0 + k, B]
     chosen = votes[:k0].mode(0).values
     hits = (votes[k0:] == chosen).sum(0)
     lower = {n: lower_bound(n, k, confidence) for n in set(hits.tolist())}
@@ -111,6 +103,25 @@ def certify(
     sure = p > 0.5
     radius = torch.where(sure, sigma * torch.special.ndtri(p.clamp(min=0.5)), torch.zeros_like(p))
     return Certificate(torch.where(sure, chosen, ABSTAIN), radius, sigma, confidence)
+
+
+class _Classes(nn.Module):
+    """Each example's class by the model, so that no pass leaves its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = logits_of(self.model(x))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[-1] < 2:
+            raise ValueError(
+                "model: expected logits [B, C] of C >= 2 classes for each pass, got "
+                f"{described(logits)}; of one logit z make two: torch.cat([-z, z], -1)"
+            )
+        if bool(logits.isnan().any()):  # argmax would take it for the surest class
+            raise ValueError("model: expected logits that are numbers, got NaN for noisy inputs")
+        return logits.argmax(-1)
 
 
 def lower_bound(successes: int, trials: int, confidence: float) -> float:
