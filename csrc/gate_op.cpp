@@ -16,20 +16,11 @@ Tensor gate(
   args.draw = draw_of(a, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   args.kind = activation_named(activation);
   if (b) check_alike(*b, "b", a, "a");
-  const auto run = [&](const Tensor& u) {
-    if (!lay_out(args, dim, {{&a, &args.a}, {b ? &*b : nullptr, &args.b}, {&u, &args.u}}))
-      return false;
+  const Tensor u = empty_like(a, out_dtype.value_or(a.scalar_type()));
+  in_one_layout(args, dim, {{&a, &args.a}, {b ? &*b : nullptr, &args.b}, {&u, &args.u, true}}, [&] {
     check_done(gate_cpu(args, parallel_for));
-    return true;
-  };
-  const ScalarType type = out_dtype.value_or(a.scalar_type());
-  Tensor u = empty_like(a, type);
-  if (run(u)) return u;
-  a = torch::stable::contiguous(a);
-  if (b) b = torch::stable::contiguous(*b);
-  const Tensor dense_u = empty_like(a, type);
-  run(dense_u);
-  return torch::stable::copy_(u, dense_u);
+  });
+  return u;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate_bwd(
@@ -44,28 +35,16 @@ std::tuple<Tensor, Tensor, Tensor> gate_bwd(
   if (b) check_alike(*b, "b", a, "a");
   Tensor dsigma = sigma ? empty_vector(*sigma, a.size(dim)) : empty_gradient(a);
   if (sigma) args.dsigma = dsigma.mutable_data_ptr();
-  const auto run = [&](const Tensor& da, const Tensor& db) {
-    if (!lay_out(
-            args, dim,
-            {{&a, &args.a},
-             {b ? &*b : nullptr, &args.b},
-             {&du, &args.du},
-             {&da, &args.da},
-             {b ? &db : nullptr, &args.db}}))
-      return false;
-    check_done(gate_cpu(args, parallel_for));
-    return true;
-  };
-  Tensor da = empty_like(a, a.scalar_type()),
-         db = b ? empty_like(*b, b->scalar_type()) : empty_gradient(a);
-  if (run(da, db)) return {da, db, dsigma};
-  du = torch::stable::contiguous(du), a = torch::stable::contiguous(a);
-  if (b) b = torch::stable::contiguous(*b);
-  const Tensor dense_da = empty_like(a, a.scalar_type()),
-               dense_db = b ? empty_like(*b, b->scalar_type()) : db;
-  run(dense_da, dense_db);
-  torch::stable::copy_(da, dense_da);
-  if (b) torch::stable::copy_(db, dense_db);
+  const Tensor da = empty_like(a, a.scalar_type()),
+               db = b ? empty_like(*b, b->scalar_type()) : empty_gradient(a);
+  in_one_layout(
+      args, dim,
+      {{&a, &args.a},
+       {b ? &*b : nullptr, &args.b},
+       {&du, &args.du},
+       {&da, &args.da, true},
+       {b ? &db : nullptr, &args.db, true}},
+      [&] { check_done(gate_cpu(args, parallel_for)); });
   return {da, db, dsigma};
 }
 

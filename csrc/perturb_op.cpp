@@ -68,10 +68,7 @@ Tensor noise(
   Tensor z = new_empty(seed, shape);
   PerturbArgs a{};
   a.draw = draw_of(z, nullptr, seed, &dim, row0, col0, sample, 1.0, false);
-  STD_TORCH_CHECK(
-      lay_out(a, dim, {{&z, &a.u}}),
-      "noise: no layout");  // a new tensor is contiguous, so there is one
-  kLaunch(z, a);
+  in_one_layout(a, dim, {{&z, &a.u, true}}, [&] { kLaunch(z, a); });
   return z;
 }
 
@@ -81,17 +78,9 @@ Tensor perturb(
     double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
   PerturbArgs a{};
   a.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
-  const ScalarType type = out_dtype.value_or(x.scalar_type());
-  Tensor u = empty_like(x, type);
-  if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}})) {
-    kLaunch(x, a);
-    return u;
-  }
-  const Tensor dense = torch::stable::contiguous(x);
-  Tensor dense_u = empty_like(dense, type);
-  lay_out(a, dim, {{&dense, &a.x}, {&dense_u, &a.u}});
-  kLaunch(x, a);
-  return torch::stable::copy_(u, dense_u);
+  Tensor u = empty_like(x, out_dtype.value_or(x.scalar_type()));
+  in_one_layout(a, dim, {{&x, &a.x}, {&u, &a.u, true}}, [&] { kLaunch(x, a); });
+  return u;
 }
 
 template <Launch kLaunch>
@@ -102,12 +91,7 @@ Tensor perturb_bwd(
   a.draw = draw_of(du, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   Tensor dsigma = empty_vector(sigma, du.size(dim));
   a.dsigma = dsigma.mutable_data_ptr();
-  Tensor dense = du;
-  if (!lay_out(a, dim, {{&dense, &a.du}})) {
-    dense = torch::stable::contiguous(du);
-    lay_out(a, dim, {{&dense, &a.du}});
-  }
-  kLaunch(du, a);
+  in_one_layout(a, dim, {{&du, &a.du}}, [&] { kLaunch(du, a); });
   return dsigma;
 }
 
@@ -118,19 +102,10 @@ std::tuple<Tensor, Tensor> perturb_replay(
   check_alike(du, "du", x, "x");
   PerturbArgs a{};
   a.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
-  const ScalarType type = out_dtype.value_or(x.scalar_type());
   Tensor dsigma = empty_vector(sigma, x.size(dim));
   a.dsigma = dsigma.mutable_data_ptr();
-  Tensor u = empty_like(x, type);
-  if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}, {&du, &a.du}})) {
-    kLaunch(x, a);
-    return {u, dsigma};
-  }
-  const Tensor dense = torch::stable::contiguous(x), dense_du = torch::stable::contiguous(du);
-  Tensor dense_u = empty_like(dense, type);
-  lay_out(a, dim, {{&dense, &a.x}, {&dense_u, &a.u}, {&dense_du, &a.du}});
-  kLaunch(x, a);
-  torch::stable::copy_(u, dense_u);
+  Tensor u = empty_like(x, out_dtype.value_or(x.scalar_type()));
+  in_one_layout(a, dim, {{&x, &a.x}, {&u, &a.u, true}, {&du, &a.du}}, [&] { kLaunch(x, a); });
   return {u, dsigma};
 }
 

@@ -164,6 +164,7 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {
 struct View {
   const Tensor* tensor;  // null: absent
   Operand* operand;
+  bool written = false;
 };
 
 // Gives every operand its strides in one layout that all tensors have; false where there is none.
@@ -194,6 +195,28 @@ bool lay_out(Args& a, int64_t dim, const std::vector<View>& views) {
     a.inner /= sizes[split];
   }
   return false;
+}
+
+// run(), every operand in one layout that all tensors have, or over contiguous copies.
+template <class Args, class Run>
+void in_one_layout(Args& a, int64_t dim, const std::vector<View>& views, const Run& run) {
+  if (lay_out(a, dim, views)) return run();
+  std::vector<View> dense = views;
+  std::vector<Tensor> copies;
+  copies.reserve(views.size());  // dense points into it
+  for (View& v : dense) {
+    if (!v.tensor) continue;
+    const Tensor& t = *v.tensor;
+    copies.push_back(v.written ? empty_dense(t, t.scalar_type()) : torch::stable::contiguous(t));
+    v.tensor = &copies.back();
+  }
+  lay_out(a, dim, dense);
+  run();
+  for (size_t i = 0; i < views.size(); ++i) {
+    if (!views[i].written || !views[i].tensor) continue;
+    Tensor result = *views[i].tensor;
+    torch::stable::copy_(result, *dense[i].tensor);
+  }
 }
 
 inline Operand operand_of(const Tensor& t) {

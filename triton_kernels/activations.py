@@ -28,7 +28,7 @@ def _small_tanh(h):
 
 
 @triton.jit
-def activate(h, ACTIVATION: tl.constexpr):
+def act(h, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
@@ -43,7 +43,7 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def slope(h, ACTIVATION: tl.constexpr):
+def act_slope(h, ACTIVATION: tl.constexpr):
     """d act / dh"""
     if ACTIVATION == "relu":
         d = tl.where(h <= 0.0, 0.0, 1.0)

@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import activate as act
-from .activations import slope as act_slope
+from .activations import act, act_slope
 from .noise import load_seed, normal_tile
 from .perturb import SUM_ELEMENTS, column_sum, perturb_fwd_kernel
 from .tiles import (

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import activate, slope
+from .activations import act, act_slope
 from .blocks import Blocks, blocks, candidates, splits
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
@@ -143,11 +143,11 @@ def _linear_fwd_kernel(
             dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(
                 tl.float32
             )
-            y = dy * slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
+            y = dy * act_slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
         elif PASSES:
-            y += activate(h, ACTIVATION)
+            y += act(h, ACTIVATION)
         else:
-            y = activate(h, ACTIVATION)
+            y = act(h, ACTIVATION)
     if PASSES:
         y *= tl.cast(inv_num_samples, tl.float32)
     # store

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import activate as act
+from .activations import act
 from .noise import load_seed, noise, normal_tile
 from .tiles import (
     EXACT,
