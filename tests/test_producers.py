@@ -349,12 +349,15 @@ def test_producers_ignore_instruction_set_and_threads(shape, dtype):
 
 
 def test_producers_ignore_strides():
+    each_another = itertools.cycle((lambda t: t.t().contiguous().t(), torch.clone))
     want = list(everything((12, 40)))
     for transform in (
         lambda t: torch.cat((t, t), -1)[:, :40],
         lambda t: t.t().contiguous().t(),
         lambda t: t.repeat_interleave(3, 0)[::3],
         lambda t: t[:, None].expand(12, 2, 40)[:, 0],
+        lambda t: t.repeat_interleave(2, 1)[:, ::2],  # in no layout of the kernels'
+        *[lambda t: next(each_another)(t)] * 2,  # two of three, then the third
     ):
         got = list(everything((12, 40), transform=transform))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
