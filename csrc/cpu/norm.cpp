@@ -65,6 +65,21 @@ struct Row {
   C shift, slope;
 };
 
+// Of n numbers that lie side by side. __restrict on arguments: a compiler that must tell so many
+// arrays apart as it runs takes one number at a time (g++ 12, from eleven comparisons on).
+template <class C>
+DIP_HD void back_run(
+    int n, const Row<C>& r, const C* __restrict x, const C* __restrict du, const C* __restrict w,
+    C* __restrict dx, C* __restrict dweight, C* __restrict dbias) {
+  const C mean = r.mean, rstd = r.rstd, shift = r.shift, slope = r.slope;
+  for (int i = 0; i < n; ++i) {
+    const C h = (x[i] - mean) * rstd;
+    dx[i] = fma_of(-h, slope, fma_of(du[i] * w[i], rstd, -shift));
+    dweight[i] = fma_of(du[i], h, dweight[i]);
+    dbias[i] += du[i];
+  }
+}
+
 // Columns from where one is written to where the next ones are asked for.
 constexpr int kAhead = 256;
 
@@ -188,16 +203,9 @@ struct Norm {
     alignas(64) C buffer[kRun], gradient[kRun], target[kRun];
     const C* x = load_run<C>(args.x, at(args.x, s.row, s.col), s.n, buffer);
     const C* du = load_run<C>(args.du, at(args.du, s.row, s.col), s.n, gradient);
-    C* __restrict dx = run_target<C>(args.dx, at(args.dx, s.row, s.col), target);
-    C* __restrict dweight = sums + s.col;
-    C *__restrict dbias = dweight + k, *__restrict dsigma = dbias + k;
-    const C *w = weight + s.col, mean = r.mean, rstd = r.rstd, shift = r.shift, slope = r.slope;
-    for (int i = 0; i < s.n; ++i) {
-      const C h = (x[i] - mean) * rstd;
-      dx[i] = fma_of(-h, slope, fma_of(du[i] * w[i], rstd, -shift));
-      dweight[i] = fma_of(du[i], h, dweight[i]);
-      dbias[i] += du[i];
-    }
+    C* dx = run_target<C>(args.dx, at(args.dx, s.row, s.col), target);
+    C *dweight = sums + s.col, *dbias = dweight + k, *dsigma = dbias + k;
+    back_run(s.n, r, x, du, weight + s.col, dx, dweight, dbias);
     if (draws)
       for (int i = 0; i < s.n; ++i) dsigma[i] = fma_of(du[i], static_cast<C>(z[i]), dsigma[i]);
     store_run<C>(args.dx, at(args.dx, s.row, s.col), s.n, dx);
