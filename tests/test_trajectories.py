@@ -157,6 +157,7 @@ def test_in_dims_none_passes_a_tensor_as_it_is():
         ((X,), {"mask": {"a": torch.ones(1, 5)}}, r"^mask\['a'\]: .*got shape \(1, 5\)"),
         ((X, torch.tensor(1.0)), {}, r"^args\[1\]: .*got shape \(\)"),
         ((torch.tensor(1.0),), {}, r"^args\[0\]: .*the batch"),
+        ((X, torch.zeros(2, 7).long()), {}, r"in_dims=None for .* edges do, .*torch.stack\(\["),
         ((X,), {"in_dims": 1}, "^in_dims: expected 0 or None for args"),
         ((X,), {"in_dims": (0, 0)}, "^in_dims: expected one entry for each of 1"),
         ((X,), {"in_dims": {"mask": None}}, r"^in_dims: .*\['mask'\]"),
@@ -256,6 +257,10 @@ def test_predict_takes_one_pass_after_another_by_default():
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     predict(model, X, k=3)
     assert seen == [len(X)] * 3
+    with pytest.raises(
+        ValueError, match=r"^args\[1\]: .*\(3,\); chunk=1 for it passes it as it is$"
+    ):
+        predict(model, X, torch.ones(3).long(), k=4, chunk=2)
 
 
 def test_zero_passes_are_the_plain_network():

@@ -87,15 +87,21 @@ def trajectories(
 
 
 def folded(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], m: int, in_dims: Any
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    m: int,
+    in_dims: Any,
+    as_it_is: str = "in_dims=None",
 ) -> Any:
-    dims, fold = _dims_of(in_dims, args, kwargs), _Fold(m)
+    """as_it_is: what the caller's user writes for an input that is not repeated."""
+    dims, fold = _dims_of(in_dims, args, kwargs), _Fold(m, as_it_is)
     folded_args = [fold(value, dims[i], f"args[{i}]") for i, value in enumerate(args)]
     folded_kwargs = {name: fold(value, dims[name], name) for name, value in kwargs.items()}
     batch = fold.batch
     if batch is None:
         raise ValueError(
-            "args: expected a tensor [B, ...] to repeat, found none (in_dims=None passes one as it "
+            f"args: expected a tensor [B, ...] to repeat, found none ({as_it_is} passes one as it "
             "is)"
         )
     out = model(*folded_args, **folded_kwargs)
@@ -123,8 +129,8 @@ def _dims_of(in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 class _Fold:
     """Repeats tensors m times along their first dimension; remembers B and who set it."""
 
-    def __init__(self, m: int) -> None:
-        self.m, self.first = m, ""
+    def __init__(self, m: int, as_it_is: str) -> None:
+        self.m, self.first, self.as_it_is = m, "", as_it_is
         self.batch: int | None = None
 
     def __call__(self, value: Any, dims: Any, name: str) -> Any:
@@ -151,7 +157,7 @@ class _Fold:
             if kind is not None:
                 raise TypeError(
                     f"{name}: expected a dense tensor [B, ...] to repeat, got {kind}: pad it; "
-                    "in_dims=None passes it as it is"
+                    f"{self.as_it_is} passes it as it is"
                 )
         if not isinstance(leaf, Tensor):
             return map_tensors(lambda part, value: self._leaf(value, dim, part), leaf, name=name)
@@ -162,9 +168,15 @@ class _Fold:
             self.batch, self.first = size, name
         if size is None or size != self.batch:
             wanted = f"{self.batch}, as {self.first}" if self.batch is not None else "the batch"
+            way_out = f"{self.as_it_is} for it passes it as it is"
+            if not leaf.is_floating_point() and self.as_it_is == "in_dims=None":
+                way_out += (
+                    ". If it numbers the rows of another input, as a graph's edges do, m copies of "
+                    "those would be wrong: torch.stack([model(...) for _ in range(m)])"
+                )
             raise ValueError(
                 f"{name}: expected a tensor whose first size is {wanted}, got shape "
-                f"{tuple(leaf.shape)}; in_dims=None for it passes it as it is"
+                f"{tuple(leaf.shape)}; {way_out}"
             )
         if self.m == 1:
             return leaf
