@@ -489,6 +489,37 @@ def test_ddp_trains_on_with_a_backbone_in_eval_mode(rank, world, kind):
     assert plain.backbone["fc"].log_variance.grad is None
 
 
+@on_ranks()
+def test_ddp_trains_experts_that_get_no_tokens(rank, world):
+    """docs/cluster.md, DDP: without the term of 0 torch says `marked as ready twice`."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x, chosen):
+            return self.experts[chosen](x) + 0 * dip.kl_penalty(self)
+
+    torch.manual_seed(rank)
+    model = DistributedDataParallel(dip.convert(Experts()), find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-2))
+    own = model.module.experts
+    own[3].log_variance.data.add_(1)  # beside its prior, so that the KL term moves it
+    for step in range(3):
+        x = torch.randn(4, 8)
+        out = dip.trajectories(lambda x, step=step: model(x, (step + rank) % 3), x, m=2)
+        optimizer.zero_grad()
+        dip.objective(out, x, F.mse_loss, model).backward()
+        assert own[3].weight.grad is None and (own[3].log_variance.grad > 0).all()
+        optimizer.step()
+    now = [p.detach() for p in model.parameters()]
+    everywhere = [None] * world
+    torch.distributed.all_gather_object(everywhere, now)
+    torch.testing.assert_close(everywhere, [now] * world, rtol=0, atol=0)
+
+
 def check_load(rank, world, folder, want):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
