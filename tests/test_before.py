@@ -120,7 +120,7 @@ def test_the_probe_changes_nothing_and_takes_what_calibrate_takes():
 def test_a_dimension_may_be_given_and_layers_that_convert_knows_asked_for():
     net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Flatten(), nn.Linear(4 * 25, 2))
     x = torch.randn(2, 3, 4, 4)
-    model = dip.convert(copy.deepcopy(net), before={"0": -3, "2": -1}, batches=[x])
+    model = dip.convert(copy.deepcopy(net), before={"0": -3, "2": -1}, exclude="*", batches=[x])
     rows = [(row.type, row.features) for row in dip.summary(model)]
     assert rows == [("DIPConvTranspose2d", 3), ("DIPLinear", 100)]
     x = torch.randn(2, 3, 5)

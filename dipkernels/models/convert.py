@@ -78,13 +78,14 @@ def convert(
             as the layer inside it, and the noise is at the input of the whole.
         filter: filter(module, name) returns true for a layer to convert.
         exclude: Patterns. A layer stays plain if its name, or the name of a module around it,
-            matches.
+            matches, and `before` does not name it.
         share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")], compared with a layer's
             own name and its full name. The matching layers of one parent share one variance. While
             they get the same tensor, they also share one draw and one noised input.
         before: Patterns of any other modules to put noise before, such as ["*.experts"]; or
             {pattern: feature dimension}, if that is not the last one (of a convolution: the
             channels). Each becomes the twin of its own class, whose forward takes the input first.
+            They override filter and exclude. A * matches dots: "experts.*" names all inside.
         place: "input": each layer adds noise to its own input. "producer": if only these layers
             read the output of a norm, activation or gated product, that module draws the noise in
             its own pass. The layers that read it share this noise and become plain.
