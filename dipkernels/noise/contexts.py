@@ -115,9 +115,10 @@ class fixed_noise(_State):
             that batch. Under `trajectories` the leading dimension is batch * m: pass row0=b0 * m.
             Examples must have one size for all workers; otherwise workers draw some rows twice
             (docs/cluster.md).
-        entries: Size of the input's leading dimension. Give it beside row0 for a model whose layers
-            read examples elsewhere too: sequence first, windows or tokens of all examples in one
-            dimension. Without it workers draw some of their rows twice there.
+        entries: Size of the leading dimension of this worker's own input, not of the whole batch.
+            Give it beside row0 for a model whose layers read examples elsewhere too: sequence
+            first, windows or tokens of all examples in one dimension. Without it workers draw some
+            of their rows twice there.
 
     Raises:
         TypeError, ValueError: A key, row0 or entries outside these.
