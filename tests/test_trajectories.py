@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import types
 from collections import UserDict
 from collections.abc import MutableMapping
 from types import MappingProxyType
@@ -164,6 +165,7 @@ def test_in_dims_none_passes_a_tensor_as_it_is():
         (([X, X],), {"in_dims": ([0, 0, 0],)}, r"^in_dims: .*prefix of args\[0\]"),
         ((X,), {"in_dims": None}, "^args: expected a tensor"),
         ((1.0,), {}, "^args: expected a tensor"),
+        ((types.SimpleNamespace(x=X),), {}, r"^args: .* an object holds .*torch.stack\(\["),
     ],
 )
 def test_bad_input_is_named(args, kwargs, message):

@@ -18,6 +18,8 @@ from ..nn.inputs import undense
 from ..nn.numbering import dip_layers, require_module, warn_of_equal_numbers
 from ..noise import contexts
 
+_STACKED = "torch.stack([model(...) for _ in range(m)])"  # where the batch cannot hold m of each
+
 
 def trajectories(
     model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any
@@ -100,9 +102,10 @@ def folded(
     folded_kwargs = {name: fold(value, dims[name], name) for name, value in kwargs.items()}
     batch = fold.batch
     if batch is None:
+        way_out = f"; {_STACKED}" if as_it_is == "in_dims=None" else ""
         raise ValueError(
             f"args: expected a tensor [B, ...] to repeat, found none ({as_it_is} passes one as it "
-            "is)"
+            f"is, and what an object holds is not seen){way_out}"
         )
     out = model(*folded_args, **folded_kwargs)
     return map_tensors(lambda name, value: _unfolded(name, value, batch, m), out)
@@ -172,7 +175,7 @@ class _Fold:
             if not leaf.is_floating_point() and self.as_it_is == "in_dims=None":
                 way_out += (
                     ". If it numbers the rows of another input, as a graph's edges do, m copies of "
-                    "those would be wrong: torch.stack([model(...) for _ in range(m)])"
+                    f"those would be wrong: {_STACKED}"
                 )
             raise ValueError(
                 f"{name}: expected a tensor whose first size is {wanted}, got shape "
