@@ -181,6 +181,7 @@ def test_a_loss_in_the_output_is_explained():
             r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty",
         ),
         (lambda x: model(x).t(), r"output: .*B \* m = 10, got shape \(3, 10\): .*leaves it out"),
+        (lambda x: model(x).sum(0, True), r"output: .*shape \(1, 3\): .*pools rows .*torch.stack"),
     ):
         with pytest.raises(ValueError, match=message):
             trajectories(run, X, m=2)

@@ -190,7 +190,8 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     if value.ndim == 0 or value.shape[0] != batch * m:
         got = (
             f"shape {tuple(value.shape)}: if it does not have the examples first (a recurrent "
-            "state), give a function that leaves it out, such as lambda x: model(x)[0]"
+            "state), give a function that leaves it out, such as lambda x: model(x)[0]; if it "
+            f"pools rows (a graph's nodes), {_STACKED}"
         )
         if value.ndim == 0:
             got = (
