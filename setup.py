@@ -220,8 +220,7 @@ def ninja_file(cpu, cuda, compiler, nvcc):
         f"-Wl,--version-script=exports.map {ldflags}"
         " -Ltorch/lib -Wl,--as-needed -ltorch_cpu $libs",
     ]
-    operations = [*CPU_KERNELS] if cpu else ["perturb"]  # the others have no CUDA kernels
-    units = [(f"{op}_op.cpp", f"{op}_op", "-Itorch/include") for op in operations]
+    units = [("operations.cpp", "operations", "-Itorch/include")]
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
         for name in capabilities(compiler):
