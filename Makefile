@@ -9,15 +9,24 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 	soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
-setup: $(VENV)/.built
+setup: $(VENV)/.deps $(VENV)/.built
 
-$(VENV)/.deps: requirements-dev.txt
+# pip would take one core, and compile what nobody imports; some files are of a newer Python.
+BYTECODE = $(PY) -m compileall -qq -j 0 -x '/(tests|testing|models|mypyc?)/' $(VENV)/lib || true
+
+# What the build needs. With make -j 2 the compiler works while the rest is fetched.
+$(VENV)/.torch: requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
-	$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # on every core, where pip takes one; some files are of a newer Python
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c requirements-dev.txt torch setuptools wheel ninja
+	$(BYTECODE)
 	touch $@
 
-$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+$(VENV)/.deps: $(VENV)/.torch
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
+	$(BYTECODE)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -116,14 +125,14 @@ setup-build:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(PY) -m pip install --quiet --disable-pip-version-check setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 numpy
-	touch $(VENV)/.deps
+	touch $(VENV)/.torch $(VENV)/.deps
 
 # The development environment with every file's hash checked. torch apart: which build of it is the machine's choice (TORCH_INDEX).
 setup-locked:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
-	touch $(VENV)/.deps
+	touch $(VENV)/.torch $(VENV)/.deps
 
 lock: | $(VENV)/.deps
 	$(PY) tools/release/lock.py
