@@ -129,6 +129,11 @@ static void put(const Operand& o, int64_t at, double value) {
 
 static int num_threads = 1;
 
+// What each case runs on: one thread, and where there are more, all.
+static std::vector<int> thread_counts() {
+  return num_threads == 1 ? std::vector<int>{1} : std::vector<int>{1, num_threads};
+}
+
 static void parallel_for(
     int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
   const int64_t parts = grain > 0 ? (total + grain - 1) / grain : total,
@@ -278,7 +283,7 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   std::vector<char> first_u, first_z, first_dsigma;
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
-    for (const int threads : {1, num_threads}) {
+    for (const int threads : thread_counts()) {
       const int before = num_threads;
       num_threads = threads;
       if (u) std::memset(u->data, 0xA5, u->bytes);
@@ -438,7 +443,7 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
     std::vector<std::vector<char>> first;
-    for (const int threads : {1, num_threads}) {
+    for (const int threads : thread_counts()) {
       const int before = num_threads;
       num_threads = threads;
       // NaN: what was not written shows
@@ -677,7 +682,7 @@ static void producer_case(int64_t number, Dice& dice, bool fail) {
   std::vector<std::vector<char>> first;
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
-    for (const int threads : {1, num_threads}) {
+    for (const int threads : thread_counts()) {
       const int before = num_threads;
       num_threads = threads;
       // NaN: what was not written shows
