@@ -50,16 +50,40 @@ struct Rows {
   const Job& job;
   Groups groups;
   int64_t k;
+  bool gaps;    // some groups have columns that are outside
   bool linear;  // rows follow one another: a tile is one run, whatever K is
 
   Rows(const Pass<C>& pass, const Job& job)
       : pass(pass), job(job), groups(pass.draw, pass.space.features), k(pass.space.features) {
-    linear = groups.phase == 0 && k % 8 == 0 && job.dense;
+    gaps = groups.phase || k % 8;
+    // A long row is run enough by itself: close_gaps costs more than it saves.
+    linear = job.dense && (!gaps || k < 64);
+  }
+
+  // Takes the columns that are outside out of z, `count` groups from group g of a row on. Returns
+  // how many numbers stay.
+  int close_gaps(int64_t g, int count, float* z) const {
+    int n = 0;
+    for (int i = 0; i < count;) {
+      const int here = static_cast<int>(smaller(count - i, groups.count - g));
+      const int64_t col = larger(0, 8 * g - groups.phase),
+                    col_end = smaller(k, 8 * (g + here) - groups.phase);
+      const float* from = z + 8 * i + (col + groups.phase - 8 * g);
+      for (int j = 0; j < col_end - col; j += 8) {  // the next row covers what is too much
+        float eight[8];
+        std::memcpy(eight, from + j, sizeof eight);
+        std::memcpy(z + n + j, eight, sizeof eight);
+      }
+      n += static_cast<int>(col_end - col);
+      i += here;
+      g = 0;
+    }
+    return n;
   }
 
   // Items are groups counted through the rows; [begin, end). acc: [k + kTile], or null.
   void walk(int64_t begin, int64_t end, C* acc, double* sum) const {
-    alignas(64) float z[kTile];
+    alignas(64) float z[kTile + 8];  // close_gaps reads eight at a time
     Counters counters;
     const int64_t count_of_row = groups.count, phase = groups.phase;
     // In float32 an entry of acc takes 32 terms, one from each tile or from each row; then they go
@@ -77,25 +101,27 @@ struct Rows {
     int64_t row = begin / count_of_row, g = begin % count_of_row;
     for (int64_t item = begin; item < end; item += kTileGroups) {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
-      const Place place{row, 8 * g, 0};
-      if (linear && (item == begin || !job.prefetches_ahead)) job.prefetch(place, 8 * count);
+      const Place place{row, larger(0, 8 * g - phase), 0};
+      if (linear && !gaps && (item == begin || !job.prefetches_ahead))
+        job.prefetch(place, 8 * count);
       if (job.draws) groups.fill(counters, row, g, count);
       const bool in_registers =
-          V::kLanes > 1 && sizeof(C) == 4 && linear && job.in_registers && count == kTileGroups;
+          V::kLanes > 1 && sizeof(C) == 4 && job.in_registers && !gaps && count == kTileGroups;
       if (job.draws && !in_registers) normal_tile<false>(counters, pass.generator, count, z);
       if (linear) {
-        C* at = acc ? acc + 8 * g : nullptr;
-        const C* scale = pass.scale + 8 * g;
+        const int n = gaps ? close_gaps(g, count, z) : 8 * count;
+        C* at = acc ? acc + place.feature : nullptr;
+        const C* scale = pass.scale + place.feature;
         if (in_registers) {
           if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
             Polar polar;
             draw_polar<false>(counters, pass.generator, kTileGroups, &polar);
             job.tile(place, polar, scale, at);
           }
-        } else if (count == kTileGroups) {
+        } else if (n == kTile) {
           job.template run<false>(place, kTile, scale, at, z);
         } else {
-          job.template run<false>(place, 8 * count, scale, at, z);
+          job.template run<false>(place, n, scale, at, z);
         }
         row += tile_rows;
         g += tile_groups;
