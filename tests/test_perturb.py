@@ -49,8 +49,10 @@ def check_dsigma(dsigma, du, sigma, where):
     assert dsigma.dtype == sigma.dtype and dsigma.shape == sigma.shape
 
 
-# One lane, one group, one tile and its neighbours, a row of many tiles, primes, empty.
+# One lane, one group, one tile and its neighbours, a row of many tiles, short rows that tiles cut,
+# primes, empty.
 ROWS = [(1, 1), (3, 8), (17, 129), (16, 128), (5, 1031), (3, 768), (200, 24), (2, 3, 40), (7,)]
+ROWS += [(41, 45), (90, 19)]
 SHAPES = [(shape, -1) for shape in (*ROWS, (0, 8), (4, 0))]
 SHAPES += [
     ((2, 13, 5, 3), 1),

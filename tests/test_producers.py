@@ -197,7 +197,7 @@ Z_ERROR = 4e-6  # the contract's tolerance on z
 # One lane, one group, rows that a tile holds several of, whole tiles, a row of several tiles,
 # primes, empty.
 SHAPES = [(1, 1), (3, 8), (5, 64), (37, 129), (9, 768), (3, 2048), (70, 192), (2, 3, 40), (7,)]
-SHAPES += [(0, 8), (4, 0), (2, 1031)]
+SHAPES += [(0, 8), (4, 0), (2, 1031), (41, 45)]
 DRAWS = [
     Draw(),
     Draw(row0=2**33 + 7, col0=24, sample=2, factor=0.5),
