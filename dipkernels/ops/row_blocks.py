@@ -18,17 +18,20 @@ from .. import backends
 from .activations import BACKWARDS, act_of
 from .pieces import flat_rows
 
-# Of one product, rows times samples: on a CPU as many as x has, within these, so that it is no
-# larger than that of one draw.
-_CPU_ROWS = (1024, 4096)
+# Of one product, rows times samples: on a CPU half as many as x has, within these, so that its
+# operands and result take no more than those of one draw.
+_CPU_ROWS = (1024, 2048)
 _GPU_ROWS = 16384
 # of one product's result, at least: a narrow layer takes more rows, but no more than it has
 _ELEMENTS = 2**20
 # A CPU takes several samples in one product, each of this many rows at least: so their sum stays in
 # its cache. A GPU would launch a kernel for each.
 _CPU_ROWS_EACH = 256
-# of a weight's gradient, at once where it is converted or scaled: so no copy of the whole is made
+# of a weight's gradient, at once where it is scaled: so no float32 copy of the whole is made
 _CPU_PART = 2**20
+# Products that a weight's gradient of 16 bits sums in its own type, as autograd sums those of as
+# many calls; more are summed in float32.
+_NARROW_SUMS = 16
 
 
 def _blocks(
@@ -43,7 +46,8 @@ def _blocks(
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     m, on_cpu = x.shape[0], x.device.type == "cpu"
     least, most = _CPU_ROWS if on_cpu else (_GPU_ROWS, _GPU_ROWS)
-    size = max(min(max(m, least), most), min(m, _ELEMENTS // max(1, n, x.shape[1])))
+    size = min(max(m // 2, least), most)
+    size = max(size, min(m, _ELEMENTS // max(1, n, x.shape[1])))
     each = max(1, min(m, _CPU_ROWS_EACH if on_cpu else size))
     group = min(num_samples, max(1, size // each))
     rows = max(1, size // group)
@@ -160,14 +164,12 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(t.split(max(1, rows)) for t in tensors))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, out: Tensor | None) -> None:
-    """total [N, K] += a b, summed in total's dtype; out [N, K] in a's, if that is another."""
-    if out is None:
-        total.addmm_(a, b)
-        return
-    torch.mm(a, b, out=out)
-    for part, added in _parts(total, out):
-        part.add_(added)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """total [N, K] += factor a b."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b, alpha=factor)
+    else:
+        total.add_(torch.mm(a, b), alpha=factor)
 
 
 def linear(
@@ -226,19 +228,19 @@ def linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operation `linear_bwd`.
 
-    With dh_s = dy act'(h_s), D = 1/S sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
-    dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk. So a sample costs
-    two products, the first but one. h_s is made by the product that made it in forward: behind relu
+    With dh_s = dy act'(h_s), D = 1/S sum_s dh_s and G = 1/S sum_s dh_s^T z_s: dx = D W, dbias = sum
+    D, dW = D^T x + G diag(factor sigma), dsigma_k = factor sum_n W_nk G_nk. So a sample costs two
+    products, the first but one. h_s is made by the product that made it in forward: behind relu
     another rounding would be another sign.
     """
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
     samples = range(sample, sample + num_samples)
-    noise_sum = torch.zeros(weight.shape, dtype=wide, device=x.device)  # G
+    blocks, groups = _blocks(flat, n, num_samples, activation)
+    sum_type = dtype if len(blocks) * len(groups) <= _NARROW_SUMS else wide
+    noise_sum = torch.zeros(weight.shape, dtype=sum_type, device=x.device)  # G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
-    dweight = None if dtype is wide else torch.empty(weight.shape, dtype=dtype, device=x.device)
-    blocks, groups = _blocks(flat, n, num_samples, activation)
     for block in blocks:
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
         total = torch.zeros(len(rows), n, dtype=wide, device=x.device)
@@ -249,6 +251,7 @@ def linear_bwd(
                 rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=True
             )
             h = _pre_activations(u[kept is not None :], weight, bias, kept)
+            del u  # before what follows it
             dh = _act_add_bwd(
                 total,
                 h,
@@ -257,17 +260,18 @@ def linear_bwd(
                 sums[block] if group is groups[-1] else None,
                 1 / num_samples,
             )
-            _add_product(noise_sum, dh.flatten(0, 1).t(), z.flatten(0, 1), dweight)
-            del u, z, h, dh  # before the next ones
+            del h
+            _add_product(noise_sum, dh.flatten(0, 1).t(), z.flatten(0, 1), 1 / num_samples)
+            del z, dh
         row_sum.add_(total.sum(0))
     dx = (sums @ weight).to(x.dtype)
-    dweight = torch.mm(sums.t(), flat.to(dtype), out=dweight)
     dsigma = torch.zeros(weight.shape[1], dtype=wide, device=x.device)
-    for noise, w, dw in _parts(noise_sum, weight, dweight):
-        noise.mul_(factor / num_samples)
-        dsigma.add_(torch.linalg.vecdot(noise, w.to(wide), dim=0))
-        dw.copy_(torch.addcmul(dw.to(wide), noise, scale.to(wide)))
+    for noise, w in _parts(noise_sum, weight):
+        dsigma.add_(torch.linalg.vecdot(noise.to(wide), w.to(wide), dim=0), alpha=factor)
+        noise.mul_(factor * scale)
     if log_variance:
         dsigma.mul_(scale / 2)
+    dweight = noise_sum  # and now the other term of it
+    _add_product(dweight, sums.t(), flat.to(dtype))
     dbias = row_sum.mul_(1 / num_samples).to(dtype if bias is None else bias.dtype)
-    return dx.reshape(x.shape), dweight, dbias, dsigma.to(sigma.dtype)
+    return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma.to(sigma.dtype)
