@@ -219,8 +219,8 @@ def test_mean_takes_the_memory_of_one_sample():
         assert kept(9) == 0
     leaves[0], dy = x.detach().repeat(16, 1).requires_grad_(), dy.repeat(16, 1)
     one = peak(lambda: F.gelu(layer(*leaves)))
-    # z, h and dh of a block
-    assert peak(lambda: forward(33)) <= one + 3 * 4 * row_blocks._ELEMENTS
+    # two of a block's z, h and dh, in float32
+    assert peak(lambda: forward(33)) <= one + 2 * 4 * row_blocks._ELEMENTS
 
 
 # ---- "analytic" ----------------------------------------------------------------------------------
