@@ -129,7 +129,7 @@ def predict(
                         if layer.share is not None:
                             layer.share.forget()
                 if count > 1:
-                    out = folded(run, args, kwargs, count, 0, "chunk=1")
+                    out = folded(run, args, kwargs, count, 0, chunked=True)
                 else:
                     out = map_tensors(lambda name, value: value[None], run(*args, **kwargs))
             if average is None:  # copies: a model may return memory that its next pass writes into

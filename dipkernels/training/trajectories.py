@@ -94,18 +94,18 @@ def folded(
     kwargs: dict[str, Any],
     m: int,
     in_dims: Any,
-    as_it_is: str = "in_dims=None",
+    chunked: bool = False,
 ) -> Any:
-    """as_it_is: what the caller's user writes for an input that is not repeated."""
-    dims, fold = _dims_of(in_dims, args, kwargs), _Fold(m, as_it_is)
+    """chunked: whether these are passes of `predict`, which knows no in_dims."""
+    dims, fold = _dims_of(in_dims, args, kwargs), _Fold(m, chunked)
     folded_args = [fold(value, dims[i], f"args[{i}]") for i, value in enumerate(args)]
     folded_kwargs = {name: fold(value, dims[name], name) for name, value in kwargs.items()}
     batch = fold.batch
     if batch is None:
-        way_out = f"; {_STACKED}" if as_it_is == "in_dims=None" else ""
+        way_out = "" if chunked else f"; {_STACKED}"
         raise ValueError(
-            f"args: expected a tensor [B, ...] to repeat, found none ({as_it_is} passes one as it "
-            f"is, and what an object holds is not seen){way_out}"
+            f"args: expected a tensor [B, ...] to repeat, found none ({fold.as_it_is} passes one "
+            f"as it is, and what an object holds is not seen){way_out}"
         )
     out = model(*folded_args, **folded_kwargs)
     return map_tensors(lambda name, value: _unfolded(name, value, batch, m), out)
@@ -132,8 +132,9 @@ def _dims_of(in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 class _Fold:
     """Repeats tensors m times along their first dimension; remembers B and who set it."""
 
-    def __init__(self, m: int, as_it_is: str) -> None:
-        self.m, self.first, self.as_it_is = m, "", as_it_is
+    def __init__(self, m: int, chunked: bool) -> None:
+        self.m, self.first, self.chunked = m, "", chunked
+        self.as_it_is = "chunk=1" if chunked else "in_dims=None"
         self.batch: int | None = None
 
     def __call__(self, value: Any, dims: Any, name: str) -> Any:
@@ -172,7 +173,7 @@ class _Fold:
         if size is None or size != self.batch:
             wanted = f"{self.batch}, as {self.first}" if self.batch is not None else "the batch"
             way_out = f"{self.as_it_is} for it passes it as it is"
-            if not leaf.is_floating_point() and self.as_it_is == "in_dims=None":
+            if not (self.chunked or leaf.is_floating_point()):
                 way_out += (
                     ". If it numbers the rows of another input, as a graph's edges do, m copies of "
                     f"those would be wrong: {_STACKED}"
