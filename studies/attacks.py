@@ -1,7 +1,7 @@
 """Attacks that count: AutoAttack, PGD with restarts, attacks through the noise, and certified
 accuracy.
 
-    python studies/attacks.py  writes out/studies/attacks/{summary.json,table.md,attacks.png}
+    python studies/attacks.py  writes out/studies/attacks/{summary.json,table.md,table*.svg}
     python studies/attacks.py --quick  digits, one seed, few steps: does it run?
 
 All but the last two columns attack the deterministic forward. k = 8 is the prediction of eight
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
+import plots
 import torch
 import torch.nn.functional as F
 from tables import interval, markdown, signed, verdict
@@ -173,33 +174,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(results), 4), layout="constrained")
-    for axis, (task, rows) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
-    ):
-        for i, (method, row) in enumerate(rows.items()):
-            for kind, style in (("PGD-50 x 5", "o-"), ("AutoAttack", "x")):
-                shown = {0.0: row["clean"]["mean"]} if kind != "AutoAttack" else {}
-                shown |= {
-                    float(n.split(", ")[1]): v["mean"] for n, v in row.items() if n.startswith(kind)
-                }
-                if shown:
-                    axis.plot(
-                        list(shown),
-                        list(shown.values()),
-                        style,
-                        color=f"C{i}",
-                        label=f"{method}, {kind}",
-                    )
-        axis.set(title=task, xlabel="strength, L-infinity", ylabel="accuracy, %")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/attacks"))
@@ -215,7 +189,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     text = table(results)
     parts.write(args.out, results, text)
-    plot(results, args.out / "attacks.png")
+    plots.draw(text, args.out)
     print(
         f"\nIn brackets: minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote "
         f"{args.out}"

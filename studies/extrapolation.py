@@ -2,7 +2,7 @@
 score, plain and DIP.
 
     python studies/extrapolation.py
-        # writes out/studies/extrapolation/{summary.json,table.md,extrapolation.png}
+        # writes out/studies/extrapolation/{summary.json,table.md,table*.svg}
     python studies/extrapolation.py --quick  one function, two seeds, few steps: does it run?
 
 Trained on x up to 2, scored on 2 .. 4 (outside) and below 2 (inside): root mean square distance of
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
+import plots
 import torch
 import torch.nn.functional as F
 from features import chosen, named
@@ -180,22 +181,6 @@ def table(rows: dict[str, Any]) -> str:
     return markdown(["g", "method", *heads], lines)
 
 
-def plot(rows: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, score in zip(axes, SCORES, strict=False):
-        for i, (function, methods) in enumerate(rows.items()):
-            places = [n + 0.12 * (i - len(rows) / 2) for n in range(len(methods))]
-            axis.plot([row[score]["mean"] for row in methods.values()], places, "o", label=function)
-        axis.set_yticks(range(len(METHODS)), list(METHODS))
-        axis.set(xscale="log", xlabel=f"distance to the true {score}")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/extrapolation"))
@@ -212,7 +197,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = summarise([result for results in found for result in results])
     text = table(rows)
     parts.write(args.out, rows, text)
-    plot(rows, args.out / "extrapolation.png")
+    plots.draw(text, args.out)
     print(
         f"\nIn brackets: minus plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
         f"{args.out}"

@@ -2,7 +2,7 @@
 labels drawn anew, and whether a network knows classes that it never saw.
 
     python studies/uncertainty.py
-        # writes out/studies/uncertainty/{summary.json,table.md,uncertainty.png}
+        # writes out/studies/uncertainty/{summary.json,table.md,table*.svg}
     python studies/uncertainty.py --quick  one task and share, two seeds, few epochs: does it run?
 
 Each method takes one of six settings for each task and share: the one of the least NLL on the last
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
+import plots
 import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
@@ -153,32 +154,6 @@ def table(rows: dict[str, Any]) -> str:
     return markdown(["task, labels drawn anew", "method", *heads], lines)
 
 
-def plot(rows: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(case.rsplit(", ", 1)[0] for case in rows))
-    figure = Figure(figsize=(12, 2.6 * len(tasks)), layout="constrained")
-    axes = figure.subplots(len(tasks), len(SCORES), squeeze=False)
-    for line, task in zip(axes, tasks, strict=True):
-        shares = [
-            float(case.rsplit(", ", 1)[1].split()[0])
-            for case in rows
-            if case.startswith(f"{task}, ")
-        ]
-        for axis, score in zip(line, SCORES, strict=True):
-            for method in next(iter(rows.values())):
-                values = [
-                    m[method][score]["mean"]
-                    for case, m in rows.items()
-                    if case.startswith(f"{task}, ")
-                ]
-                axis.plot(shares, values, "o-", markersize=4, label=method)
-            axis.set(title=f"{task}: {score}", xlabel="labels drawn anew, %")
-            axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/uncertainty"))
@@ -195,7 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = summarise([result for results in found for result in results])
     text = table(rows)
     parts.write(args.out, rows, text)
-    plot(rows, args.out / "uncertainty.png")
+    plots.draw(text, args.out)
     print(
         f"\nDifferences to plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
         f"{args.out}"
