@@ -25,7 +25,7 @@ import arithmetic_setup as task
 import parts
 import plots
 import torch
-from tables import interval, markdown, signed, verdict
+from tables import compared, markdown
 from torch import nn
 
 import dipkernels as dip
@@ -43,7 +43,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "recipe, ratio 0.3": {"method": "recipe", "ratio": 0.3, "kl": KL},
 }
 LR, BATCH, TESTED = 2e-3, 64, 200
-SCORES = ("exact match", "exact match, longer", "nll", "nll, longer")
+# Which way is better, and a table's digits
+SCORES = {
+    "exact match": (1, 1),
+    "exact match, longer": (1, 1),
+    "nll": (-1, 3),
+    "nll, longer": (-1, 3),
+}
 
 
 @torch.no_grad()
@@ -75,32 +81,18 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     by_method: dict[str, dict[int, dict[str, float]]] = {}
     for r in results:
         by_method.setdefault(r["name"], {})[r["seed"]] = r
-    rows: dict[str, Any] = {}
-    for method, runs in by_method.items():
-        rows[method] = {}
-        for score in SCORES:
-            values = [r[score] for r in runs.values()]
-            pairs = [r[score] - by_method["plain"][seed][score] for seed, r in runs.items()]
-            mean, half = interval(pairs)
-            rows[method][score] = {
-                "mean": statistics.fmean(values),
-                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-                "minus_plain": mean,
-                "half_width": half,
-                "verdict": verdict(pairs),
-                "text": signed(pairs, 3 if score.startswith("nll") else 1),
-            }
-    return rows
+    return compared(by_method, SCORES, {"plain": 1})
 
 
 def table(rows: dict[str, Any]) -> str:
     lines = []
     for method, row in rows.items():
-        cells = []
-        for score in SCORES:
-            digits = 3 if score.startswith("nll") else 1
-            plain = f"{row[score]['mean']:.{digits}f} (sd {row[score]['sd']:.{digits}f})"
-            cells.append(plain if method == "plain" else row[score]["text"])
+        cells = [
+            f"{row[score]['text']} (sd {row[score]['sd']:.{digits}f})"
+            if method == "plain"
+            else row[score]["plain"]["text"]
+            for score, (_, digits) in SCORES.items()
+        ]
         lines.append([method, *cells])
     return markdown(["minus plain", *SCORES], lines)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ import parts
 import plots
 import torch
 import torch.nn.functional as F
-from tables import interval, markdown, signed, verdict
+from tables import cell, compared, markdown
 from tasks import TASKS, split
 from torch import Tensor, nn
 from training import train
@@ -133,43 +132,27 @@ def study(task: str, out: Path, seeds: int, quick: bool, workers: int) -> dict[s
         for m, o in METHODS.items()
         for s in range(seeds)
     ]
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
     for result in parts.run(part, keys, out, workers):
-        runs.setdefault(result["method"], []).append(result)
-    rows: dict[str, Any] = {}
-    for method, each in runs.items():
-        rows[method] = {}
-        for score in (name for name in each[0] if name not in keys[0]):
-            values = [run[score] for run in each]
-            row: dict[str, Any] = {"mean": statistics.fmean(values)}
-            if score in runs["plain"][0]:
-                difference = [v - run[score] for v, run in zip(values, runs["plain"], strict=True)]
-                mean, half = interval(difference)
-                row |= {"minus_plain": mean, "half_width": half, "verdict": verdict(difference)}
-                row["text"] = signed(difference)
-            rows[method][score] = row
-    return rows
+        runs.setdefault(result["method"], {})[result["seed"]] = result
+    names = (name for by_seed in runs.values() for name in by_seed[0] if name not in keys[0])
+    return compared(runs, dict.fromkeys(names, (1, 1)), {"plain": 1})
 
 
 def table(results: dict[str, Any]) -> str:
     tables = []
     for task, rows in results.items():
-        scores = list(dict.fromkeys(score for row in rows.values() for score in row))
-        lines = []
-        for score in scores:
-            cells = []
-            for method, row in rows.items():
-                cell = row.get(score)
-                text = "-" if cell is None else f"{cell['mean']:.1f}"
-                cells.append(
-                    text
-                    + (
-                        f" ({cell['text']})"
-                        if cell and "text" in cell and method != "plain"
-                        else ""
-                    )
-                )
-            lines.append([score, *cells])
+        scores = dict.fromkeys(score for row in rows.values() for score in row)
+        lines = [
+            [
+                score,
+                *(
+                    cell(row, score, "plain", method == "plain") if score in row else "-"
+                    for method, row in rows.items()
+                ),
+            ]
+            for score in scores
+        ]
         tables.append(f"{task}\n\n" + markdown(["", *rows], lines))
     return "\n\n".join(tables)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import figures
 import parts
-from tables import interval, markdown, points, rows_of, signed, verdict
+from tables import compared, markdown, points, rows_of
 from tasks import TASKS
 from training import scored
 
@@ -76,23 +75,16 @@ def keys(
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Per task, training and method: means, and the paired differences to plain."""
-    scores = {(r["task"], r["training"], r["method"], r["seed"]): r for r in results}
+    runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for r in results:
+        case = runs.setdefault(f"{r['task']}, {r['training']}", {})
+        case.setdefault(r["method"], {})[r["seed"]] = r
     rows: dict[str, Any] = {}
-    for task, training, method, _ in scores:
-        runs = [r for k, r in scores.items() if k[:3] == (task, training, method)]
-        row: dict[str, Any] = {"kept": runs[0]["kept"], "seeds": len(runs)}
-        for name in SCORES:
-            plain = [scores[task, training, "plain", r["seed"]][name] for r in runs]
-            difference = [r[name] - p for r, p in zip(runs, plain, strict=True)]
-            mean, half = interval(difference)
-            row[name] = {
-                "mean": statistics.fmean(r[name] for r in runs),
-                "minus_plain": mean,
-                "half_width": half if len(runs) > 1 else None,
-                "verdict": verdict(difference),
-                "text": signed(difference),
-            }
-        rows.setdefault(f"{task}, {training}", {})[method] = row
+    for name, by_method in runs.items():
+        rows[name] = compared(by_method, dict.fromkeys(SCORES, (1, 1)), {"plain": 1})
+        for method, by_seed in by_method.items():
+            first = next(iter(by_seed.values()))
+            rows[name][method] |= {"kept": first["kept"], "seeds": len(by_seed)}
     return rows
 
 
@@ -103,9 +95,7 @@ def table(rows: dict[str, Any], methods: list[str]) -> str:
         for method in methods:
             if method in by_method:
                 row = by_method[method]
-                cells = [
-                    f"{row[s]['mean']:.1f}" if method == "plain" else row[s]["text"] for s in SCORES
-                ]
+                cells = [(row[s] if method == "plain" else row[s]["plain"])["text"] for s in SCORES]
                 lines.append([case, method, *cells, " ".join(f"{k:.2f}" for k in row["kept"][:4])])
     return markdown(["task", "method", *SCORES, "sigma kept"], lines)
 

@@ -25,7 +25,7 @@ import plots
 import torch
 import torch.nn.functional as F
 from features import chosen, named
-from tables import compared, markdown
+from tables import cell, compared, markdown
 from tasks import mlp
 from torch import Tensor, nn
 from training import optimiser, prepare
@@ -169,10 +169,7 @@ def table(rows: dict[str, Any]) -> str:
     for function, methods in rows.items():
         for method, row in methods.items():
             plain, own = method == "plain, squared", method == "DIP, energy"
-            cells = [
-                row[s]["text"] + ("" if plain else f" ({row[s]['plain, squared']['text']})")
-                for s in SCORES
-            ]
+            cells = [cell(row, s, "plain, squared", plain) for s in SCORES]
             against = "-" if own else row["median outside"]["DIP, energy"]["text"]
             place = "at the input" if row["options"].get("where") == "input" else ""
             setting = ", ".join(filter(None, (place, named(row["options"])))) or "nothing set"

@@ -283,10 +283,8 @@ def report(rows: dict[str, Any], methods: list[str], trainings: list[str]) -> st
     def cell(row: dict[str, Any] | None) -> str:
         if row is None:
             return "-"
-        marks = {"undecided": "?"}
-        return " / ".join(
-            f"{row[s]['minus_plain']:+.1f}{marks.get(row[s]['verdict'], '')}" for s in SCORES
-        )
+        marks, over = {"undecided": "?"}, [row[s]["plain"] for s in SCORES]
+        return " / ".join(f"{each['mean']:+.1f}{marks.get(each['verdict'], '')}" for each in over)
 
     texts = []
     for training in trainings:

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
 from features import chosen, named, validation
-from tables import compared, markdown
+from tables import cell, compared, markdown
 from tasks import TASKS, Split, Task, ViT, split
 from torch import Tensor, nn
 from training import M, evaluate, kept, optimiser, prepare
@@ -323,11 +323,6 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
         for method, row in rows[name].items():
             row["options"] = settings.get((name, method), {})
     return rows
-
-
-def cell(row: dict[str, Any], score: str, base: str, bare: bool) -> str:
-    bare = bare or base not in row[score]
-    return row[score]["text"] + ("" if bare else f" ({row[score][base]['text']})")
 
 
 def report(rows: dict[str, Any]) -> str:

@@ -63,18 +63,25 @@ def compared(
     """Of each method the mean scores, and their paired differences to some of the methods.
 
     Args:
-        runs: {method: {seed: {score: value}}}.
+        runs: {method: {seed: {score: value}}}; what has no such score is left out.
         scores: {score: (1 if more is better, -1 if less, digits)}.
         bases: {method: 1 for the others minus it, -1 for it minus them}; what has not run is left
             out.
     """
+
+    def has(method: str, score: str) -> bool:
+        return any(score in run for run in runs.get(method, {}).values())
+
     rows: dict[str, Any] = {}
     for method, by_seed in runs.items():
         row = rows.setdefault(method, {})
         for score, (better, digits) in scores.items():
-            mean = statistics.fmean(run[score] for run in by_seed.values())
-            row[score] = {"mean": mean, "text": f"{mean:.{digits}f}"}
-            for base in (each for each in bases if each in runs):
+            if not has(method, score):
+                continue
+            values = [run[score] for run in by_seed.values()]
+            mean, sd = statistics.fmean(values), statistics.stdev(values) if values[1:] else 0.0
+            row[score] = {"mean": mean, "sd": sd, "text": f"{mean:.{digits}f}"}
+            for base in (each for each in bases if has(each, score)):
                 pairs = [
                     bases[base] * (run[score] - runs[base][seed][score])
                     for seed, run in by_seed.items()
@@ -87,6 +94,12 @@ def compared(
                     "text": signed(pairs, digits),
                 }
     return rows
+
+
+def cell(row: Mapping[str, Any], score: str, base: str, bare: bool) -> str:
+    """A mean, and in brackets the difference to the base, where there is one and it is not bare."""
+    bare = bare or base not in row[score]
+    return row[score]["text"] + ("" if bare else f" ({row[score][base]['text']})")
 
 
 _NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))? ?\??(?: \(.*\))?")
