@@ -14,10 +14,8 @@ each seed.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 import arithmetic
@@ -98,12 +96,10 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/arithmetic_paired"))
-    parser.add_argument("--seeds", type=parts.count, default=8)
+    parser = parts.command_line(
+        __doc__, "arithmetic_paired", 8, "a tiny model, two seeds, two steps"
+    )
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two seeds, two steps")
     args = parser.parse_args(arguments)
     size = {"dim": args.dim, "depth": arithmetic.DEPTH, "steps": arithmetic.STEPS[STAGE]}
     if args.quick:

@@ -13,7 +13,6 @@ is its APGD-CE, APGD-T, FAB-T and Square.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import warnings
 from collections.abc import Iterator
@@ -158,12 +157,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/attacks"))
+    parser = parts.command_line(__doc__, "attacks", 3, "digits, one seed, few steps")
     parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES), metavar="TASK")
-    parser.add_argument("--seeds", type=parts.count, default=3)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
-    parser.add_argument("--quick", action="store_true", help="digits, one seed, few steps")
     args = parser.parse_args(arguments)
     if args.quick:
         args.tasks, args.seeds = ["digits MLP"], 1

@@ -13,7 +13,6 @@ lot. Stopped, it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -201,19 +200,13 @@ def plot_gains(table: str, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/defaults"))
+    parser = parts.command_line(__doc__, "defaults", 3, "two small tasks, one seed, few methods")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[], metavar="METHOD")
     parser.add_argument(
         "--trainings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TRAINING"
     )
-    parser.add_argument("--seeds", type=parts.count, default=3)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--stored", action="store_true", help="run nothing: report what is stored")
-    parser.add_argument(
-        "--quick", action="store_true", help="two small tasks, one seed, few methods"
-    )
     parser.add_argument(
         "--figures", action="store_true", help="no more than docs/assets, from what docs/ has"
     )

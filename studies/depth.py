@@ -10,10 +10,8 @@ minutes of one core.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import parts
@@ -39,11 +37,7 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/depth"))
-    parser.add_argument("--seeds", type=parts.count, default=2)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
-    parser.add_argument("--quick", action="store_true", help="a short training of the MLP")
+    parser = parts.command_line(__doc__, "depth", 2, "a short training of the MLP")
     args = parser.parse_args(arguments)
     keys = [
         {

@@ -15,7 +15,6 @@ five around them. About half an hour of one core.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,12 +178,8 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/extrapolation"))
+    parser = parts.command_line(__doc__, "extrapolation", 8, "one function, two seeds, few steps")
     parser.add_argument("--functions", nargs="+", choices=CASES, default=list(CASES), metavar="G")
-    parser.add_argument("--seeds", type=parts.count, default=8)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
-    parser.add_argument("--quick", action="store_true", help="one function, two seeds, few steps")
     args = parser.parse_args(arguments)
     if args.quick:
         args.functions, args.seeds = ["softplus"], 2

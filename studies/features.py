@@ -13,7 +13,6 @@ A quarter of an hour of one core.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -203,12 +202,8 @@ def plot(text: str, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/features"))
+    parser = parts.command_line(__doc__, "features", 8, "one small task, two seeds")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(CASES), metavar="TASK")
-    parser.add_argument("--seeds", type=parts.count, default=8)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
-    parser.add_argument("--quick", action="store_true", help="one small task, two seeds")
     parser.add_argument(
         "--figures", action="store_true", help="no more than docs/assets, from what docs/ has"
     )

@@ -17,11 +17,9 @@ guessing, PGD leaves half and noise two thirds. About twenty-five minutes of one
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -299,8 +297,7 @@ def report(rows: dict[str, Any], methods: list[str], trainings: list[str]) -> st
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/held_back"))
+    parser = parts.command_line(__doc__, "held_back", 3, "two small tasks, one seed")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--tasks",
@@ -332,10 +329,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         metavar="TRAINING",
         help="also with three times the epochs: 'SGD, 3 x' (AdamW; AdamW, cosine; SGD)",
     )
-    parser.add_argument("--seeds", type=parts.count, default=3)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
-    parser.add_argument("--quick", action="store_true", help="two small tasks, one seed")
     args = parser.parse_args(arguments)
     if args.strengths:
         for name in args.tasks:

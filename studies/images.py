@@ -25,7 +25,6 @@ that FASHION_MNIST names.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -367,8 +366,7 @@ def report(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/images"))
+    parser = parts.command_line(__doc__, "images", 3, "two methods, one seed, one epoch")
     parser.add_argument("--model", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument(
         "--images",
@@ -392,10 +390,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         metavar="METHOD",
         help=f"{', '.join(TRAINED)} (which brings frozen, shuffled and rescaled) (all)",
     )
-    parser.add_argument("--seeds", type=parts.count, default=3)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
-    parser.add_argument("--quick", action="store_true", help="two methods, one seed, one epoch")
     args = parser.parse_args(arguments)
     if args.strengths:
         print(strengths())

@@ -72,6 +72,16 @@ def count(text: str) -> int:
     return value
 
 
+def command_line(doc: str, name: str, seeds: int, quick: str) -> argparse.ArgumentParser:
+    """The options that studies share: --out, --seeds, --workers and --quick."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/studies") / name)
+    parser.add_argument("--seeds", type=count, default=seeds)
+    parser.add_argument("--workers", type=count, default=1, help="processes (1)")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
 def write(out: Path, summary: Any, table: str) -> None:
     """Write a study's result into its folder, as summary.json and table.md, and print the table."""
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -15,7 +15,6 @@ network. Twelve minutes of one core.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +154,8 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/studies/uncertainty"))
+    parser = parts.command_line(__doc__, "uncertainty", 5, "one task and share, few epochs")
     parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES), metavar="TASK")
-    parser.add_argument("--seeds", type=parts.count, default=5)
-    parser.add_argument("--workers", type=parts.count, default=1, help="processes (1)")
-    parser.add_argument("--quick", action="store_true", help="one task and share, few epochs")
     args = parser.parse_args(arguments)
     epochs, shares = 0, SHARES
     if args.quick:
