@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import figures
 import numpy as np
 import torch
+from report import fill
 
 import dipkernels as dip
 
@@ -74,27 +74,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def write_section(page: Path, marker: str, text: str) -> None:
-    """Replace what stands between `<!-- begin MARKER -->` and `<!-- end MARKER -->` of the page by
-    text.
-
-    Raises ValueError when the page lacks the pair, or has it twice: a table is never appended where
-    nobody looks.
-    """
-    begin, end = f"<!-- begin {marker} -->", f"<!-- end {marker} -->"
-    content = page.read_text(encoding="utf-8")
-    if (
-        content.count(begin) != 1
-        or content.count(end) != 1
-        or content.index(begin) > content.index(end)
-    ):
-        raise ValueError(f"page: expected {begin} and {end} once each, in this order, in {page}")
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    page.write_text(
-        pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", content), encoding="utf-8"
-    )
-
-
 def write_table(page: Path, marker: str, make: Callable[[], str]) -> bool:
     """Write make()'s text into the section; where a run is missing, a line that says so. Returns
     whether it is whole."""
@@ -102,7 +81,7 @@ def write_table(page: Path, marker: str, make: Callable[[], str]) -> bool:
         text = make()
     except NotStored:
         text = ""
-    write_section(page, marker, text or NOT_RUN)
+    fill(page, marker, text or NOT_RUN)
     return bool(text)
 
 

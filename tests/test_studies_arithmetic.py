@@ -178,7 +178,7 @@ def test_the_quick_run_writes_tables_figure_and_results(tmp_path):
     arithmetic.main(flags)
     text = (tmp_path / "results.md").read_text()
     for stage in ("scratch", "lora"):
-        section = text.split(f"<!-- begin arithmetic-{stage} -->")[1].split("<!-- end")[0]
+        section = text.split(f"<!-- arithmetic-{stage}:begin -->")[1].split("<!--")[0]
         assert all(f"| {method} |" in section for method in arithmetic.METHODS)
         runs = json.loads((tmp_path / f"arithmetic_{stage}.json").read_text())["runs"]
         assert {run["config"]["part"] for run in runs} == {"val", "test"}

@@ -172,16 +172,6 @@ def test_batch_norm_is_settled_without_noise():
 # ---- results -------------------------------------------------------------------------------------
 
 
-def test_a_section_is_replaced_between_its_markers_only(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("above\n<!-- begin a -->\nold\n<!-- end a -->\nbelow\n")
-    results_page.write_section(page, "a", "| new \\1 |")
-    results_page.write_section(page, "a", "| new \\1 |")
-    assert page.read_text() == "above\n<!-- begin a -->\n| new \\1 |\n<!-- end a -->\nbelow\n"
-    with pytest.raises(ValueError, match="begin b"):
-        results_page.write_section(page, "b", "text")
-
-
 def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
     made = []
 
@@ -227,7 +217,7 @@ def test_the_published_table_is_that_of_the_summary(arch):
             is_long = setting["epochs"] > vision.EPOCHS[arch]
             found[setting.get("training"), setting["method"], is_long] = run
     page = results_page.PAGE.read_text(encoding="utf-8")
-    lines = page.split(f"<!-- begin vision-{arch.lower()} -->")[1].split("<!--")[0].splitlines()
+    lines = page.split(f"<!-- vision-{arch.lower()}:begin -->")[1].split("<!--")[0].splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line[:2] == "| " and " ± " in line]
     assert len(rows) == len(found) == len(vision.TRAININGS) * len(vision.METHODS)
     for training, method, *cells in rows:
@@ -275,7 +265,7 @@ def test_the_published_page_has_every_section():
     names += [f"ablations-{arch.lower()}" for arch in vision.ABLATIONS]
     for name in names:
         for mark in ("begin", "end"):
-            assert text.count(f"<!-- {mark} vision-{name} -->") == 1
+            assert text.count(f"<!-- vision-{name}:{mark} -->") == 1
 
 
 @pytest.mark.slow
@@ -287,10 +277,10 @@ def test_the_quick_run_writes_tables_figures_and_results(tmp_path, arch, monkeyp
     flags = ["--quick", "--archs", arch, "--out", str(tmp_path)]
     vision.main(flags)
     text = (tmp_path / "results.md").read_text()
-    section = text.split(f"<!-- begin vision-{arch.lower()} -->")[1].split("<!-- end")[0]
+    section = text.split(f"<!-- vision-{arch.lower()}:begin -->")[1].split("<!--")[0]
     assert all(f"| clean | {method} |" in section for method in vision.METHODS)
-    assert "Algorithm 3" in text.split("<!-- begin vision-k -->")[1]
-    assert "deterministic" in text.split("<!-- begin vision-smoothness -->")[1]
+    assert "Algorithm 3" in text.split("<!-- vision-k:begin -->")[1]
+    assert "deterministic" in text.split("<!-- vision-smoothness:begin -->")[1]
     assert (tmp_path / f"vision_{arch.lower()}_clean.svg").stat().st_size > 1000
     stored = (tmp_path / f"vision_{arch.lower()}.json").read_bytes()
     vision.main([*flags, "--parts", "report"])  # from what is stored: nothing is trained
@@ -302,7 +292,7 @@ def test_a_report_trains_nothing_and_says_what_is_missing(tmp_path):
     vision.main(["--quick", "--archs", "MLP", "--out", str(tmp_path), "--parts", "report"])
     text = (tmp_path / "results.md").read_text()
     for name in ("mlp", "averages", "search", "k", "smoothness", "needs", "ablations-mlp"):
-        section = text.split(f"<!-- begin vision-{name} -->")[1].split("<!-- end")[0]
+        section = text.split(f"<!-- vision-{name}:begin -->")[1].split("<!--")[0]
         assert section.strip() == results_page.NOT_RUN
     assert not (tmp_path / "vision_mlp.json").exists()
 
