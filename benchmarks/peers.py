@@ -197,16 +197,15 @@ def forget_compiled() -> None:
 # ---- checks: before a time is reported -----------------------------------------------------------
 
 
-def _distance(got: Tensor, want: Tensor) -> float:
+def distance(got: Tensor, want: Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
-def _require(what: str, distance: float, limit: float) -> None:
-    if not distance <= limit:
+def require(what: str, off: float, limit: float) -> None:
+    if not off <= limit:
         raise AssertionError(
-            f"{what}: expected within {limit:g} of the reference (relative norm), got "
-            f"{distance:.2e}"
+            f"{what}: expected within {limit:g} of the reference (relative norm), got {off:.2e}"
         )
 
 
@@ -230,13 +229,13 @@ def check_dip_linear(layer: dip.DIPLinear, x: Tensor, dy: Tensor) -> None:
     u = reference.perturb(x.detach(), sigma, seed, *draw, None)
     du = dy @ layer.weight.detach()
     limit = tolerance(x.dtype)
-    _require("y", _distance(y, F.linear(u, layer.weight, layer.bias)), limit)
-    _require("dx", _distance(dx, du), limit)
-    _require("dweight", _distance(dweight, dy.t() @ u), limit)
-    _require("dbias", _distance(dbias, dy.sum(0)), limit)
-    _require(
+    require("y", distance(y, F.linear(u, layer.weight, layer.bias)), limit)
+    require("dx", distance(dx, du), limit)
+    require("dweight", distance(dweight, dy.t() @ u), limit)
+    require("dbias", distance(dbias, dy.sum(0)), limit)
+    require(
         "dlog_variance",
-        _distance(dlog_variance, reference.perturb_bwd(du, sigma, seed, *draw)),
+        distance(dlog_variance, reference.perturb_bwd(du, sigma, seed, *draw)),
         limit,
     )
 
@@ -244,15 +243,15 @@ def check_dip_linear(layer: dip.DIPLinear, x: Tensor, dy: Tensor) -> None:
 def check_perturb(x: Tensor, sigma: Tensor, seed: Tensor) -> None:
     """P and Q against dipkernels.reference."""
     u = dip.functional.perturb(x, sigma, seed)
-    _require(
+    require(
         "perturb",
-        _distance(u, reference.perturb(x, sigma, seed, *Draw(), None)),
+        distance(u, reference.perturb(x, sigma, seed, *Draw(), None)),
         tolerance(x.dtype),
     )
     du, scale = x.detach(), sigma.detach().clone().requires_grad_(True)
     (got,) = torch.autograd.grad(dip.functional.perturb(du, scale, seed), scale, du)
     want = reference.perturb_bwd(du, sigma, seed, *Draw())
-    _require("perturb backward", _distance(got, want), tolerance(torch.float32))
+    require("perturb backward", distance(got, want), tolerance(torch.float32))
 
 
 def check_spread(module: nn.Module, plain: nn.Linear, x: Tensor) -> None:
@@ -261,7 +260,7 @@ def check_spread(module: nn.Module, plain: nn.Linear, x: Tensor) -> None:
     noise = (module(x) - plain(x)).detach().double()
     expected = SIGMA * plain.weight.detach().double().norm(dim=1).square().mean().sqrt()
     tolerated = 0.02 + 4 / noise.numel() ** 0.5 + (0.05 if x.dtype is torch.bfloat16 else 0)
-    _require(
+    require(
         "spread of the noise", abs(float(noise.square().mean().sqrt() / expected) - 1), tolerated
     )
 
@@ -288,7 +287,7 @@ def check_converted(model: nn.Module, x: Tensor) -> None:
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         if b is not None and float(b.norm()) > 0:
             what, allowed = (f"gradient {index - 1}", 10 * limit) if index else ("output", limit)
-            _require(what, _distance(a, b), allowed)
+            require(what, distance(a, b), allowed)
 
 
 def check_linear(name: str, module: nn.Module, plain: nn.Linear, x: Tensor, dy: Tensor) -> None:
