@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ import report
 import timing
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dipkernels as dip
+
+sys.path += [str(machine.ROOT / name) for name in ("examples", "studies")]
+from digits import BATCH, load
+from vision_setup import pgd
 
 TRAJECTORIES, QUICK_TRAJECTORIES = (1, 2, 4, 8), (1, 4)
 SAMPLES, QUICK_SAMPLES = (0, 1, 4, 16, 50), (0, 4)
@@ -40,7 +44,6 @@ PREDICT_M = 4  # the training whose network predicts with k samples
 SIGMA = 0.3  # of pixels and features of about 1
 ALPHA = 0.1  # with beta = ALPHA * SIGMA^2: the penalty's optimum is the start
 NOISE, PGD = 0.5, 0.1  # of the two harder test sets
-NUM_TRAIN, BATCH = 500, 100
 
 
 class Tokens(nn.Module):
@@ -71,17 +74,6 @@ STUDIES = (
         3e-3,
     ),
 )
-
-
-def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_train [500, 64] in 0 .. 1, y_train, x_test [1297, 64], y_test; another split for each
-    seed."""
-    digits = load_digits()
-    x = torch.tensor(digits.data / 16.0, dtype=torch.float32)
-    y = torch.tensor(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    train, test = order[:NUM_TRAIN], order[NUM_TRAIN:]
-    return x[train], y[train], x[test], y[test]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -190,17 +182,6 @@ def prediction_costs(
 # ---- what it buys --------------------------------------------------------------------------------
 
 
-def attacked(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    """PGD on the deterministic forward: L-infinity, pixels kept in 0 .. 1, from a random start."""
-    found = (x + torch.empty_like(x).uniform_(-PGD, PGD)).clamp(0, 1)
-    for _ in range(steps):
-        found.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(found), y), found)
-        moved = found.detach() + PGD / 4 * gradient.sign()
-        found = torch.minimum(torch.maximum(moved, x - PGD), x + PGD).clamp(0, 1)
-    return found
-
-
 def score(
     model: nn.Module, x: Tensor, y: Tensor, k: int, seed: int, pgd_steps: int
 ) -> dict[str, float]:
@@ -208,7 +189,7 @@ def score(
     clean NLL."""
     torch.manual_seed(2000 + seed)
     noisy, half = x + NOISE * torch.randn_like(x), len(x) // 2
-    adversarial = attacked(model, x[:half], y[:half], pgd_steps)
+    adversarial = pgd(model, x[:half], y[:half], PGD, pgd_steps)
     clean = outputs(model, x, k)
 
     def accuracy(log_probabilities: Tensor, target: Tensor) -> float:
