@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import time
 import warnings
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import arithmetic_setup as task
 import torch
+from parts import count
 from peft import LoraConfig, get_peft_model
 from results_page import (
     FOLDER,
@@ -36,9 +36,13 @@ from results_page import (
     Store,
     cell,
     chosen_runs,
+    command_line,
     draw_curve,
     environment_line,
     figures,
+    run_parts,
+    set_up,
+    setting_text,
     summarise,
     table,
     write_table,
@@ -59,6 +63,7 @@ METHODS = (
     "DIP",
 )
 STAGES = ("scratch", "LoRA")
+PARTS = ("tune", "main", "report")
 DIM, DEPTH, BATCH = 256, 4, 64
 LEARNING_RATES = {
     "scratch": (1e-3, 2e-3),
@@ -343,10 +348,7 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
         seconds = f"{statistics.fmean(r['train_cpu_seconds'] for r in runs):.0f}"
         rows.append([method, *cells, f"**{mean}**" if method == best else mean, whole, seconds])
     settings = study.stores[stage].values["chosen"]
-    chosen = "; ".join(
-        f"{m} " + ", ".join(f"{k} {v:g}" for k, v in sorted(s.items()))
-        for m, s in sorted(settings.items())
-    )
+    chosen = "; ".join(f"{name} {setting_text(s)}" for name, s in sorted(settings.items()))
     runs = study.stores[stage].runs
     text = table(["method", *heads, "mean", "all steps right", "CPU s"], rows)
     return (
@@ -367,10 +369,7 @@ def search_table(study: Study) -> str:
     rows = []
     for stage in study.args.stages:
         for method, trials in sorted(study.stores[stage].values.get("search", {}).items()):
-            cells = [
-                ", ".join(f"{k} {v:g}" for k, v in sorted(setting.items())) + f": {score:.1f}"
-                for score, setting in trials
-            ]
+            cells = [f"{setting_text(setting)}: {score:.1f}" for score, setting in trials]
             rows.append([stage, method, "; ".join(cells)])
     return (
         table(["stage", "method", "setting: mean exact match on validation problems"], rows)
@@ -424,54 +423,21 @@ def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--parts", nargs="+", choices=("tune", "main", "report"), default=["tune", "main", "report"]
-    )
-    parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages (both)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
-    parser.add_argument("--dim", type=int, default=DIM, help=f"width of the Llama ({DIM})")
-    parser.add_argument("--depth", type=int, default=DEPTH, help=f"layers of the Llama ({DEPTH})")
-    parser.add_argument(
-        "--tested", type=int, default=200, help="problems of each length to test on (200)"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="threads (1)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/arithmetic"),
-        help="folder of the runs (out/arithmetic)",
-    )
-    parser.add_argument(
-        "--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models"
-    )
-    parser.add_argument(
-        "--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, a tiny model, few steps: does it run?"
-    )
-    parser.add_argument(
-        "--figures",
-        action="store_true",
-        help="no more than the figures, from docs/results/arithmetic.json",
-    )
+    parser = command_line(__doc__, "arithmetic", PARTS, "one seed, a tiny model, few steps")
+    add = parser.add_argument
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages (both)")
+    add("--seeds", type=count, default=3, help="number of seeds (3)")
+    add("--dim", type=count, default=DIM, help=f"width of the Llama ({DIM})")
+    add("--depth", type=count, default=DEPTH, help=f"layers of the Llama ({DEPTH})")
+    add("--tested", type=count, default=200, help="problems of each length to test on (200)")
+    add("--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models")
     args = parser.parse_args(arguments)
     if args.figures:
         plots(FOLDER)
         return
-    for name in ("seeds", "dim", "depth", "tested", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     args.seeds = 1 if args.quick else args.seeds
-    args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
     args.models = args.out if args.quick else args.models
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.page.exists():
-        shutil.copyfile(PAGE, args.page)
-    torch.set_num_threads(args.threads)
+    set_up(args)
 
     study = Study(args)
     total = sum(len(s) for search in study.search.values() for s in search.values()) * (
@@ -479,12 +445,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     total += len(args.stages) * len(METHODS) * len(study.seeds) * ("main" in args.parts)
     with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
-        for part in ("tune", "main"):
-            if part in args.parts:
-                try:
-                    getattr(study, part)(bar)
-                except NotStored as error:
-                    raise SystemExit(str(error)) from None
+        run_parts(study, PARTS, args, bar)
     if "report" in args.parts:
         folder = FOLDER if args.page == PAGE else args.out
         report(study, args.page, folder, tqdm(disable=True))

@@ -3,21 +3,25 @@ tables of a page, summaries."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import figures
 import numpy as np
 import torch
+from parts import count
 from report import fill
 
 import dipkernels as dip
@@ -25,6 +29,42 @@ import dipkernels as dip
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 FOLDER = ROOT / "docs" / "results"
+
+
+def command_line(doc: str, name: str, steps: Sequence[str], quick: str) -> argparse.ArgumentParser:
+    """The options that the studies of the page share; steps: what --parts may name."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=steps, default=list(steps), help="what to do (everything)")
+    add("--threads", type=count, default=1, help="of torch; the networks are small (1)")
+    add("--out", type=Path, default=Path("out") / name, help=f"folder of the runs (out/{name})")
+    add("--page", type=Path, help="page of the tables (docs/results.md; in --out if quick)")
+    add("--quick", action="store_true", help=f"{quick}: does it run? writes into --out alone")
+    add("--figures", action="store_true", help=f"figures alone, from docs/results/{name}.json")
+    return parser
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """The page, the folder and the threads that the options ask for."""
+    args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.page.exists():
+        shutil.copyfile(PAGE, args.page)
+    torch.set_num_threads(args.threads)
+
+
+def run_parts(study: Any, steps: Iterable[str], args: argparse.Namespace, bar: Any) -> None:
+    """study.STEP(bar) for each that --parts names, but the report."""
+    for step in steps:
+        if step in args.parts and step != "report":
+            try:
+                getattr(study, step)(bar)
+            except NotStored as error:
+                raise SystemExit(str(error)) from None
+
+
+def setting_text(setting: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(setting.items()))
 
 
 def environment() -> dict[str, str | int]:

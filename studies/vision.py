@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import vision_methods as methods
+from parts import count
 from results_page import (
     FOLDER,
     NOT_RUN,
@@ -36,9 +36,13 @@ from results_page import (
     Store,
     cell,
     chosen_runs,
+    command_line,
     draw_curve,
     environment_line,
     figures,
+    run_parts,
+    set_up,
+    setting_text,
     summarise,
     table,
     write_table,
@@ -451,7 +455,7 @@ def main_table(study: Study) -> str:
     text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
     values = study.store.values
     settings = "; ".join(
-        f"{name} {_setting(setting)}" for name, setting in sorted(values["chosen"].items())
+        f"{name} {setting_text(setting)}" for name, setting in sorted(values["chosen"].items())
     )
     missing = [training for training in study.trainings() if training not in trainings]
     return (
@@ -462,10 +466,6 @@ def main_table(study: Study) -> str:
         + (f"Trained {' and '.join(missing)}: {NOT_RUN}\n\n" if missing else "")
         + _environments(study)
     )
-
-
-def _setting(setting: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in sorted(setting.items()))
 
 
 def _environments(study: Study) -> str:
@@ -518,7 +518,7 @@ def search_table(studies: list[Study]) -> str:
         for method, trials in sorted(study.store.values.get("search", {}).items()):
             best = max(score for score, _ in trials)
             cells = [
-                f"{_setting(s)}: "
+                f"{setting_text(s)}: "
                 f"{'**' if score == best else ''}{score:.1f}{'**' if score == best else ''}"
                 for score, s in trials
             ]
@@ -729,68 +729,24 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)"
-    )
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do (everything)"
-    )
-    parser.add_argument(
-        "--trainings",
-        nargs="+",
-        choices=TRAININGS,
-        default=list(TRAININGS),
-        help="clean, Gaussian, FGSM (all)",
-    )
-    parser.add_argument("--seeds", type=int, help="number of seeds (5 for MLP, 3 for the others)")
-    parser.add_argument(
-        "--epochs", type=int, help="epochs of training (60 for MLP, 50 for the others)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=1, help="threads: these networks are too small for more (1)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of the runs (out/vision), and of all if quick",
-        default=Path("out/vision"),
-    )
-    parser.add_argument(
-        "--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, one epoch, few settings: does it run?"
-    )
-    parser.add_argument(
-        "--figures",
-        action="store_true",
-        help="no more than the figures, from docs/results/vision.json",
-    )
+    parser = command_line(__doc__, "vision", PARTS, "one seed, one epoch, few settings")
+    add = parser.add_argument
+    add("--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)")
+    kinds = "clean, Gaussian, FGSM (all)"
+    add("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS), help=kinds)
+    add("--seeds", type=count, help="number of seeds (5 for MLP, 3 for the others)")
+    add("--epochs", type=count, help="epochs of training (60 for MLP, 50 for the others)")
     args = parser.parse_args(arguments)
     if args.figures:
         plots(args.archs, args.trainings, FOLDER)
         return
-    for name in ("seeds", "epochs", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.page.exists():
-        shutil.copyfile(PAGE, args.page)
-    torch.set_num_threads(args.threads)
-
+    set_up(args)
     studies = [Study(arch, args) for arch in args.archs]
     with tqdm(
         total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True
     ) as bar:
         for study in studies:
-            for part in PARTS[:-1]:
-                if part in args.parts:
-                    try:
-                        getattr(study, part)(bar)
-                    except NotStored as error:
-                        raise SystemExit(str(error)) from None
+            run_parts(study, PARTS, args, bar)
     if "report" in args.parts:
         folder = FOLDER if args.page == PAGE else args.out
         report(studies, args.page, folder)
