@@ -134,8 +134,14 @@ setup-locked:
 	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
 	touch $(VENV)/.torch $(VENV)/.deps
 
+# Every package of the development environment at one version, with the hash of each of its files; but torch, as above, and what only
+# its CUDA build needs. For Python 3.11 and newer. uv asks the index for hashes without downloading the files.
 lock: | $(VENV)/.deps
-	$(PY) tools/release/lock.py
+	mkdir -p out && rm -f out/lock
+	uv pip compile --quiet --no-config --no-header --no-annotate --generate-hashes --python $(PY) --output-file out/lock \
+		requirements-dev.txt requirements-docs.txt requirements-release.txt > /dev/null
+	(echo "# Written by \`make lock\` from requirements-*.txt. Install with --require-hashes --no-deps." && \
+		awk '/^[a-z]/ { keep = !/^(torch==|nvidia-|cuda-)/ } keep' out/lock) > requirements-dev.lock
 
 docs: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
