@@ -9,33 +9,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96 is near enough.
-_T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.16,
-    2.145,
-)
+from scipy import stats
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval of paired differences; infinite for fewer than
-    two."""
+    """Mean and half width of the 95 % interval of paired differences, Student's; infinite for fewer
+    than two."""
     mean, n = statistics.fmean(differences), len(differences)
     if n < 2:
         return mean, math.inf
-    t = _T[n - 2] if n - 2 < len(_T) else 1.96
-    return mean, t * statistics.stdev(differences) / math.sqrt(n)
+    return mean, stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
 
 
 def verdict(differences: Sequence[float]) -> str:
