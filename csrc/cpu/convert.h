@@ -54,6 +54,16 @@ inline void store_bfloat16(uint16_t* p, int n, const float* in) {
   for (; i + 32 <= n; i += 32)
     Avx512::store_pair(
         reinterpret_cast<BFloat16Bits*>(p + i), Avx512::load(in + i), Avx512::load(in + i + 16));
+  if (i < n) {  // by way of a whole vector: one by one these would take as long as 100 others
+    alignas(64) uint16_t last[32];
+    const uint32_t here = (1u << (n - i)) - 1;
+    Avx512::store_pair(
+        reinterpret_cast<BFloat16Bits*>(last),
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>(here), in + i),
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>(here >> 16), in + i + 16));
+    _mm512_mask_storeu_epi16(p + i, here, _mm512_load_si512(last));
+    return;
+  }
 #endif
   for (; i < n; ++i) p[i] = float_to_bfloat16(in[i]);
 }
