@@ -60,6 +60,7 @@ SHAPES += [
     ((3, 24, 200), 1),
     ((9, 31), 0),
     ((4, 5, 6), 1),
+    ((70, 11, 2, 2), 1),  # many short planes
 ]
 WHERES = [
     dict(),
@@ -133,7 +134,7 @@ def test_perturb_keeps_subnormal_halves_where_floats_are_flushed(capability):
 
 
 TILED = [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((5, 768), -1)]
-TILED += [((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)]
+TILED += [((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1), ((70, 11, 3, 3), 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -293,7 +294,13 @@ def test_perturb_sum_is_no_worse_than_torch():
 
 @pytest.mark.parametrize(
     "shape, dim, unit",
-    [((1000, 64), -1, 64), ((2049, 64), -1, 64), ((3, 40, 700), 1, 128), ((9, 40, 700), 1, 128)],
+    [
+        ((1000, 64), -1, 64),
+        ((2049, 64), -1, 64),
+        ((3, 40, 700), 1, 128),
+        ((9, 40, 700), 1, 128),
+        ((600, 40, 7), 1, 126),  # whole images
+    ],
 )
 def test_perturb_sums_over_the_stated_blocks_of_rows(capability, shape, dim, unit):
     z = functional.noise(shape, SEED, dim=dim).movedim(dim, -1).reshape(-1, shape[dim])
@@ -316,20 +323,21 @@ def test_perturb_sums_over_the_stated_blocks_of_rows(capability, shape, dim, uni
 
 
 @pytest.mark.parametrize(
-    "shape, dim, stride",
+    "shape, dim, stride, unit",
     [
-        ((20000, 13), -1, 1),
-        ((20000, 16), -1, 1),
-        ((20000, 61), -1, 1),
-        ((4000, 1027), -1, 1),
-        ((2, 8, 204800), 1, 128),  # one term in each tile of 128 pixels
+        ((20000, 13), -1, 1, 64),
+        ((20000, 16), -1, 1, 64),
+        ((20000, 61), -1, 1, 64),
+        ((4000, 1027), -1, 1, 64),
+        ((2, 8, 204800), 1, 128, 128),  # one term in each tile of 128 pixels
+        ((60000, 8, 7), 1, 7, 126),  # one in each image
     ],
 )
-def test_perturb_sums_go_to_float64_after_32_terms(capability, shape, dim, stride):
+def test_perturb_sums_go_to_float64_after_32_terms(capability, shape, dim, stride, unit):
     """float32 loses a 1 beside 2^25. Of a block's many ones those that stand beside it in 32 terms
     may be lost, and no more."""
     z = functional.noise(shape, SEED, dim=dim).movedim(dim, -1).reshape(-1, shape[dim])
-    block = block_rows(len(z), 128 if dim == 1 else 64)
+    block = block_rows(len(z), unit)
     ones = list(range(stride, block - stride, stride))
     products = torch.zeros_like(z)
     products[ones] = 1

@@ -275,7 +275,7 @@ def test_norm_without_weight_and_bias_and_sigma(capability):
         assert all(torch.equal(a, b) for a, b in zip(without[:3], full))
 
 
-CHANNELS = [((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0)]
+CHANNELS = [((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0), ((70, 11, 2, 2), 1)]
 
 
 # Every shape with one activation, one draw and two types; every activation and type at few shapes.

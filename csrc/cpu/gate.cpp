@@ -67,12 +67,15 @@ struct Job {
   bool dense, in_registers, streams, draws, prefetches_ahead;
 
   explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.kind)) {
-    const auto follows = [&](const Operand& o) { return !o.data || o.outer_stride == g.features; };
-    dense = g.inner == 1 && follows(g.a) && follows(g.b) && follows(g.u) && follows(g.du) &&
-            follows(g.da) && follows(g.db);
+    const auto follows = [&](const Operand& o) {
+      return !o.data || (g.inner == 1 ? o.outer_stride == g.features : o.feature_stride == g.inner);
+    };
+    dense = follows(g.a) && follows(g.b) && follows(g.u) && follows(g.du) && follows(g.da) &&
+            follows(g.db);
     draws = g.u.data || g.dsigma;
     const DType dtype = g.u.data ? g.u.dtype : g.du.dtype;
-    in_registers = dense && draws && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+    in_registers =
+        g.inner == 1 && dense && draws && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
     streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && g.u.data &&
               dtype == DType::kFloat32 && g.outer * g.features * 4 >= kStreamBytes &&
               reinterpret_cast<uintptr_t>(g.u.data) % 64 == 0;

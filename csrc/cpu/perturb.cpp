@@ -17,12 +17,14 @@ struct Job {
   DType dtype;  // of what a tile in registers reads and writes
 
   explicit Job(const PerturbArgs& a) : args(a) {
-    const auto follows = [&](const Operand& o) { return !o.data || o.outer_stride == a.features; };
-    dense = a.inner == 1 && follows(a.x) && follows(a.u) && follows(a.z) && follows(a.du);
+    const auto follows = [&](const Operand& o) {
+      return !o.data || (a.inner == 1 ? o.outer_stride == a.features : o.feature_stride == a.inner);
+    };
+    dense = follows(a.x) && follows(a.u) && follows(a.z) && follows(a.du);
     dtype = a.u.data ? a.u.dtype : a.z.data ? a.z.dtype : a.du.dtype;
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
-    in_registers = dense && (a.x.data || !a.u.data) && same(a.x) && same(a.z) && same(a.du) &&
-                   (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+    in_registers = a.inner == 1 && dense && (a.x.data || !a.u.data) && same(a.x) && same(a.z) &&
+                   same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
     streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && a.u.data && !a.z.data &&
               !a.dsigma && dtype == DType::kFloat32 && a.outer * a.features * 4 >= kStreamBytes &&
               reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;

@@ -24,7 +24,7 @@ struct Place {
 };
 
 // A job of the compute type C has
-//   bool dense          rows of all its operands follow one another
+//   bool dense          rows of all its operands follow one another; in channels, planes do
 //   bool in_registers   a whole tile of dense rows is for tile()
 //   bool streams        tile() writes past the caches
 //   bool prefetches_ahead   tile() asks for the next one's lines itself
@@ -150,23 +150,48 @@ struct Rows {
 
 // ---- channels: [N, C, inner], rows side by side -------------------------------------------------
 
+// In lanes, which add side by side.
+template <class C>
+double sum_in_lanes(const C* numbers, int n) {
+  double lanes[16] = {}, sum = 0;
+  int i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int lane = 0; lane < 16; ++lane) lanes[lane] += numbers[i + lane];
+  for (int lane = 0; lane < 16; ++lane) sum += lanes[lane];
+  for (; i < n; ++i) sum += numbers[i];
+  return sum;
+}
+
 template <class C, class Job>
 struct Channels {
   const Pass<C>& pass;
   const Job& job;
   Groups groups;
   int64_t rows;
+  // Planes are short and follow one another: those of a group are one run, and a tile is of whole
+  // images.
+  bool linear;
+  int tile_rows;
 
   Channels(const Pass<C>& pass, const Job& job)
       : pass(pass),
         job(job),
         groups(pass.draw, pass.space.features),
-        rows(pass.space.outer * pass.space.inner) {}
+        rows(pass.space.outer * pass.space.inner),
+        linear(is_linear(pass.space, job)),
+        tile_rows(rows_of_tile(pass.space, job)) {}
 
-  // Rows [begin, end) of the 8 channels of group g. sum: [8], or null.
+  static bool is_linear(const Space& s, const Job& job) {
+    return job.dense && s.inner <= kTileGroups / 2;
+  }
+  static int rows_of_tile(const Space& s, const Job& job) {
+    return is_linear(s, job) ? static_cast<int>(kTileGroups / s.inner * s.inner) : kTileGroups;
+  }
+
+  // Rows [begin, end) of the 8 channels of group g, from the first of a tile on. sum: [8], or null.
   void walk(int64_t g, int64_t begin, int64_t end, double* sum) const {
     const Space& s = pass.space;
-    alignas(64) float z[kTile];
+    alignas(64) float z[kTile + 16];  // gather reads 16 at a time
     alignas(64) C acc[kTile] = {};
     Counters counters;
     for (int i = 0; i < kTileGroups; ++i)
@@ -174,15 +199,19 @@ struct Channels {
     const int64_t first_channel = 8 * g - groups.phase;
     const int from = static_cast<int>(larger(0, -first_channel)),
               to = static_cast<int>(smaller(8, s.features - first_channel));
+    const int width = linear ? static_cast<int>(s.inner) : kTileGroups;  // of a channel in acc
+    const int length = (to - from) * width;                              // of a linear run
+    alignas(64) C scale[kTile / 2];
+    for (int t = 0; linear && t < to - from; ++t)
+      for (int i = 0; i < width; ++i) scale[width * t + i] = pass.scale[first_channel + from + t];
     int terms = 0;  // of an entry of acc, in float32
     const auto flush = [&] {
-      for (int t = 0; t < 8; ++t)
-        for (int i = 0; i < kTileGroups; ++i) sum[t] += acc[kTileGroups * t + i];
-      std::memset(acc, 0, sizeof acc);
+      for (int t = from; t < to; ++t) sum[t] += sum_in_lanes(acc + width * (t - from), width);
+      std::memset(acc, 0, sizeof(C) * static_cast<size_t>(length));
       terms = 0;
     };
-    for (int64_t row = begin; row < end; row += kTileGroups) {
-      const int n = static_cast<int>(smaller(kTileGroups, end - row));
+    for (int64_t row = begin; row < end; row += tile_rows) {
+      const int n = static_cast<int>(smaller(tile_rows, end - row));
       for (int i = 0; i < kTileGroups; ++i) {
         const uint64_t r = static_cast<uint64_t>(pass.draw.row0 + row + i);
         counters.row_lo[i] = static_cast<uint32_t>(r);
@@ -192,9 +221,25 @@ struct Channels {
       const int first_run = static_cast<int>(smaller(n, s.inner - pixel));
       // Planes far apart: a processor's own prefetching does not follow, and waits longest for what
       // is to be written.
-      for (int t = from; t < to; ++t)
-        job.prefetch(Place{image, first_channel + t, pixel}, first_run);
+      if (linear) {
+        for (int i = 0; i < n / width; ++i)
+          job.prefetch(Place{image + i, first_channel + from, 0}, length);
+      } else {
+        for (int t = from; t < to; ++t)
+          job.prefetch(Place{image, first_channel + t, pixel}, first_run);
+      }
       if (job.draws) normal_tile<true>(counters, pass.generator, n, z);
+      if (linear) {
+        for (int i = 0; i < n / width; ++i) {
+          alignas(64) float together[kTile / 2 + 16];
+          if (job.draws) gather(z + kTileGroups * from + width * i, to - from, width, together);
+          job.template run<false>(
+              Place{image + i, first_channel + from, 0}, length, scale, sum ? acc : nullptr,
+              together);
+          if (sum && ++terms == 32) flush();
+        }
+        continue;
+      }
       for (int t = from; t < to; ++t) {
         const int64_t channel = first_channel + t;
         int64_t outer = image, inner = pixel;
@@ -202,7 +247,7 @@ struct Channels {
           const int here = static_cast<int>(smaller(n - done, s.inner - inner));
           job.template run<true>(
               Place{outer, channel, inner}, here, pass.scale + channel,
-              sum ? acc + kTileGroups * t + done : nullptr, z + kTileGroups * t + done);
+              sum ? acc + kTileGroups * (t - from) + done : nullptr, z + kTileGroups * t + done);
           done += here;
           inner = 0;
           ++outer;
@@ -212,12 +257,19 @@ struct Channels {
     }
     if (sum) flush();
   }
+
+  // to: `count` pieces of n numbers each, from z on and kTileGroups apart, one behind the other.
+  static void gather(const float* z, int count, int n, float* to) {
+    for (int t = 0; t < count; ++t)
+      for (int i = 0; i < n; i += 16)  // the next piece covers what is too much
+        std::memcpy(to + n * t + i, z + kTileGroups * t + i, 16 * sizeof(float));
+  }
 };
 
 // ---- the two-stage sum --------------------------------------------------------------------------
 
-// partials: [blocks, width] double; the blocks depend on the sizes alone, so that the sum does not
-// depend on the threads.
+// partials: [blocks, width] double; the blocks depend on the sizes and the layout alone, so that
+// the sum does not depend on the threads.
 template <class C, class Job>
 const char* sum_rows(
     const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials,
@@ -273,11 +325,12 @@ void write_only(const Pass<C>& pass, const Job& job, ParallelFor parallel_for) {
     return;
   }
   const Channels<C, Job> channels(pass, job);
-  const int64_t chunks = ceil_div(channels.rows, kTileGroups), groups = channels.groups.count;
+  const int64_t size = channels.tile_rows, groups = channels.groups.count;
+  const int64_t chunks = ceil_div(channels.rows, size);
   run_parallel(parallel_for, chunks * groups, kGrainTiles, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / groups * kTileGroups;
-      channels.walk(i % groups, row, smaller(channels.rows, row + kTileGroups), nullptr);
+      const int64_t row = i / groups * size;
+      channels.walk(i % groups, row, smaller(channels.rows, row + size), nullptr);
     }
   });
 }
@@ -288,7 +341,7 @@ template <class C, class Job>
 const char* walk(
     const Space& s, const Draw& draw, void* dsigma, const Job& job, ParallelFor parallel_for) {
   const int64_t k = s.features, m = s.outer * s.inner;
-  const Blocks blocks(m, s.inner == 1 ? 64 : kTileGroups);
+  const Blocks blocks(m, s.inner == 1 ? 64 : Channels<C, Job>::rows_of_tile(s, job));
   C* scale = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + kTile)));
   double* partials = dsigma ? static_cast<double*>(std::calloc(
                                   static_cast<size_t>(larger(1, blocks.count * k)), sizeof(double)))

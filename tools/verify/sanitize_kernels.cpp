@@ -171,6 +171,7 @@ static Buffer& allocate(size_t bytes, Dice& dice) {
 
 struct Shape {
   int64_t outer, features, inner;
+  bool packed = false;  // planes of all operands follow one another
 };
 
 static Operand operand(const Shape& s, DType type, Dice& dice, int64_t* elements) {
@@ -181,9 +182,9 @@ static Operand operand(const Shape& s, DType type, Dice& dice, int64_t* elements
     o.outer_stride = s.features + (dice.coin() ? 0 : dice.between(0, 9));
     *elements = s.outer && s.features ? (s.outer - 1) * o.outer_stride + s.features : 0;
   } else {
-    const int64_t pad = dice.coin() ? 0 : dice.between(0, 5),
+    const int64_t pad = s.packed || dice.coin() ? 0 : dice.between(0, 5),
                   gap = dice.coin() ? 0 : dice.between(0, 7);
-    if (dice.coin()) {
+    if (s.packed || dice.coin()) {
       o.feature_stride = s.inner + pad;
       o.outer_stride = s.features * o.feature_stride + gap;
     } else {
@@ -221,8 +222,7 @@ static void fail_each_allocation(int64_t number, int limit, F&& run) {
 
 static void perturb_case(int64_t number, Dice& dice, bool fail) {
   Shape s{dice.between(0, 40), dice.between(0, 70), 1};
-  if (dice.coin())
-    s.inner = dice.between(2, 40), s.outer = dice.between(0, 6), s.features = dice.between(0, 30);
+  if (dice.coin()) s = {dice.between(0, 6), dice.between(0, 30), dice.between(2, 70), dice.coin()};
   // several blocks of the sum, several threads
   if (number % 16 == 0) s.outer *= 30;
   if (number % 16 == 8 && s.inner == 1) s.features += 1000;  // a row of several tiles
@@ -614,7 +614,7 @@ static void producer_case(int64_t number, Dice& dice, bool fail) {
   if (number % 3 == 0) s.features = 64 * dice.between(0, 20);  // tiles in registers
   if (number % 8 == 2) s.features += 1000;                     // a row of several tiles
   if (!is_norm && dice.coin())
-    s.inner = dice.between(2, 40), s.outer = dice.between(0, 6), s.features = dice.between(0, 30);
+    s = {dice.between(0, 6), dice.between(0, 30), dice.between(2, 70), dice.coin()};
   const DType type = kinds[dice.between(0, 3)],
               other = dice.between(0, 3) ? type : kinds[dice.between(0, 3)];
   std::vector<Written> written;
