@@ -320,6 +320,34 @@ def test_layers_that_were_replaced_after_conversion_are_named():
     assert len(faults(model, X)) == 2
 
 
+def _moved_along(model):
+    model.insert(1, nn.LayerNorm(8))
+
+
+def _without_the_last(model):
+    del model[2]
+
+
+def _without_a_block(model):
+    del model[1][1]
+
+
+def _without_the_head(model):
+    model[2] = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change", [_moved_along, _without_the_last, _without_a_block, _without_the_head]
+)
+def test_layers_that_moved_or_were_taken_out_are_no_fault(change):
+    blocks = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), blocks, nn.Linear(8, 8), nn.ReLU()))
+    change(model)
+    assert not faults(model, X)
+    model(X).square().sum().backward()
+    assert not faults(model)
+
+
 def test_what_convert_remembers_survives_copies_and_goes_with_to_plain():
     model = dip.convert(nn.Sequential(nn.Linear(8, 8)))
     again = copy.deepcopy(model)

@@ -18,7 +18,7 @@ from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
 from ..noise import contexts
 from ..ops.dtensor import full
-from .probe import eager, leaves, remembered, run_batch, untouched, unwrapped
+from .probe import PLAN, eager, leaves, remembered, run_batch, untouched, unwrapped
 
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
@@ -129,27 +129,49 @@ def _learned(layer: DIPLayer) -> list[nn.Parameter]:
 
 # ---- replaced after conversion -------------------------------------------------------------------
 
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 def _replaced(model: nn.Module) -> dict[str, str]:
-    """The layers that were DIP layers once and are none now."""
+    """The layers that were DIP layers once and are none now.
+
+    Not those that have other names since then (an insertion into a Sequential), nor what was taken
+    out of a list of modules, or replaced by what has no weights (nn.Identity): nothing runs there
+    without noise. But the readers of a producer that was replaced do.
+    """
     found = {}
-    for root, prefix, name in remembered(model):
-        full_name = f"{prefix}.{name}".lstrip(".")
-        try:
-            module = root.get_submodule(name)
-        except AttributeError:
-            found[full_name] = "is gone since it was converted"
-            continue
-        if isinstance(unwrapped(module), DIPLayer):  # compiled or checkpointed by itself
-            continue
-        kind = f"{type(module).__module__}.{type(module).__name__}"
-        if any(isinstance(inner, DIPLayer) for inner in module.modules()):
-            found[full_name] = f"was put inside a {kind} since it was converted: convert again"
-        else:
-            found[full_name] = (
-                f"was replaced since it was converted, by a {kind} without noise: convert again"
-            )
+    for root, prefix, names in remembered(model):
+        renamed = len(dip_layers(root)) >= len(names)
+        for name in names:
+            full_name = f"{prefix}.{name}".lstrip(".")
+            try:
+                module = root.get_submodule(name)
+            except AttributeError:
+                if not (renamed or _taken_out(root, name)):
+                    found[full_name] = "is gone since it was converted"
+                continue
+            if isinstance(unwrapped(module), DIPLayer):  # compiled or checkpointed by itself
+                continue
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            if any(isinstance(inner, DIPLayer) for inner in module.modules()):
+                if not isinstance(module, _LISTS):
+                    found[full_name] = (
+                        f"was put inside a {kind} since it was converted: convert again"
+                    )
+            elif not (renamed or (PLAN not in vars(root) and not module.state_dict())):
+                found[full_name] = (
+                    f"was replaced since it was converted, by a {kind} without noise: convert again"
+                )
     return found
+
+
+def _taken_out(root: nn.Module, name: str) -> bool:
+    """Whether the innermost module of this name that is still there is a list of modules."""
+    for own in name.split("."):
+        if own not in root._modules:
+            break
+        root = root.get_submodule(own)
+    return isinstance(root, _LISTS)
 
 
 # ---- by the gradients that are there -------------------------------------------------------------

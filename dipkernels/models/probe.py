@@ -278,12 +278,12 @@ def readers_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     return readers
 
 
-def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(the module that was converted, its own name, the name in it) of every layer that was
-    converted."""
+def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, tuple[str, ...]]]:
+    """(the module that was converted, its own name, the names in it of its layers) of every
+    one."""
     for name, module in model.named_modules():
-        for layer in vars(module).get(_CONVERTED, ()):
-            yield module, name, layer
+        if _CONVERTED in vars(module):
+            yield module, name, vars(module)[_CONVERTED]
 
 
 # ---- wrappers ------------------------------------------------------------------------------------
