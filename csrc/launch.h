@@ -137,14 +137,14 @@ struct Samples {
   int64_t outer_stride = 0;
 };
 
-// total += sum over s of act(h_s); back: dh_s = dy act'(h_s), total += their sum. Then out = factor
+// total += sum over s of act(h_s); back: h_s = dy act'(h_s), total += their sum. Then out = factor
 // total, where it is wanted.
 struct SamplesArgs {
   int64_t outer, inner, samples;
   int kind;      // Activation of activation.h, or kIdentity
-  Samples h;     // not float64
+  bool back;
+  Samples h;     // not float64; back: where dh is written
   Operand dy;    // back: [outer, inner], inner elements side by side
-  Samples dh;    // null: forward
   float* total;  // [outer, inner], contiguous
   Operand out;   // [outer, inner], inner elements side by side; null: not wanted
   float factor;

@@ -136,19 +136,15 @@ void act_add(
   check_done(samples_cpu(a, parallel_for));
 }
 
-Tensor act_add_bwd(
+void act_add_bwd(
     Tensor total, Tensor h, Tensor dy, std::string activation, std::optional<Tensor> out,
     double factor) {
   SamplesArgs a = start_samples(total, h, activation, out, factor);
   STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy: expected h's dtype");
   a.dy = matrix_of(dy, "dy", a.outer, a.inner);
-  const std::array<int64_t, 3> sizes{a.samples, a.outer, a.inner},
-      strides{a.outer * a.inner, a.inner, 1};
-  Tensor dh = empty_strided(h, {sizes.data(), 3}, {strides.data(), 3}, a.h.dtype);
-  a.dh = {dh.mutable_data_ptr(), a.h.dtype, a.outer * a.inner, a.inner};
+  a.back = true;
   join_rows(a);
   check_done(samples_cpu(a, parallel_for));
-  return dh;
 }
 
 }  // namespace

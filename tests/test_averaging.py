@@ -223,6 +223,20 @@ def test_mean_takes_the_memory_of_one_sample():
     assert peak(lambda: forward(33)) <= one + 2 * 4 * row_blocks._ELEMENTS
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1.15), (torch.bfloat16, 1.3)])
+def test_mean_of_a_wide_layer_peaks_little_above_one_draw(dtype, most):
+    *leaves, dy = inputs(4096, 128, 1024, dtype)
+    leaves = [t.requires_grad_() for t in leaves]
+    one, mean = (
+        timing.peak_bytes(timing.backward_step(call, dy, leaves), torch.device("cpu"))
+        for call in (
+            lambda: F.gelu(layer(*leaves)),
+            lambda: layer(*leaves, activation="gelu", estimator="mean", num_samples=8),
+        )
+    )
+    assert mean <= most * one
+
+
 # ---- "analytic" ----------------------------------------------------------------------------------
 
 

@@ -22,8 +22,9 @@ def forward(h, activation, out=None, factor=1.0):
 
 def back(h, dy, activation, out=None, factor=1.0):
     """(dh [samples, rows, columns], total [rows, columns])"""
-    total = torch.ones(dy.shape)
-    return OPS.act_add_bwd(total, h, dy, activation, out, factor), total
+    dh, total = h.clone(), torch.ones(dy.shape)
+    OPS.act_add_bwd(total, dh, dy, activation, out, factor)
+    return dh, total
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

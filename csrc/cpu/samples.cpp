@@ -54,19 +54,17 @@ void forward(const SamplesArgs& a, const Run& run) {
 
 template <int kKind>
 void back(const SamplesArgs& a, const Run& run) {
-  alignas(64) float buffer[kRun], gradient[kRun];
+  alignas(64) float buffer[kRun], gradient[kRun], dh[kRun];
   float* __restrict total = a.total + run.outer * a.inner + run.inner;
   const float* __restrict dy =
       load_run<float>(a.dy, run.outer * a.dy.outer_stride + run.inner, run.n, gradient);
   for (int64_t s = 0; s < a.samples; ++s) {
-    if (s + 1 < a.samples) {
-      prefetch_run<0>(values(a.h), run.at(a.h, s + 1), run.n);
-      prefetch_run<1>(values(a.dh), run.at(a.dh, s + 1), run.n);
-    }
-    const float* __restrict h = load(run, a.h, s, buffer);
-    compute_run(values(a.dh), run.at(a.dh, s), run.n, [&](float* __restrict dh) {
-      for (int j = 0; j < run.n; ++j) dh[j] = dy[j] * act<kKind>(h[j]).slope;
-      for (int j = 0; j < run.n; ++j) total[j] += dh[j];
+    if (s + 1 < a.samples) prefetch_run<1>(values(a.h), run.at(a.h, s + 1), run.n);
+    const float* h = load(run, a.h, s, buffer);
+    for (int j = 0; j < run.n; ++j) dh[j] = dy[j] * act<kKind>(h[j]).slope;
+    for (int j = 0; j < run.n; ++j) total[j] += dh[j];
+    compute_run(values(a.h), run.at(a.h, s), run.n, [&](float* __restrict out) {
+      for (int j = 0; j < run.n; ++j) out[j] = dh[j];
     });
   }
   write_out(a, run, total);
@@ -81,7 +79,7 @@ void sum(const SamplesArgs& a, ParallelFor parallel_for) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t outer = i / runs, inner = i % runs * kRun;
       const Run run{outer, inner, static_cast<int>(smaller(kRun, a.inner - inner))};
-      if (a.dh.data) back<kKind>(a, run);
+      if (a.back) back<kKind>(a, run);
       else forward<kKind>(a, run);
     }
   });

@@ -113,11 +113,11 @@ registry.define_pass(
 registry.define_pass(
     "act_add", "(Tensor(a!) total, Tensor h, str activation, Tensor(b!)? out, float factor) -> ()"
 )
-# Back: dh = dy act'(h), [samples, A, B], total += its sum.
+# Back: dh = dy act'(h) over h, total += its sum.
 registry.define_pass(
     "act_add_bwd",
-    "(Tensor(a!) total, Tensor h, Tensor dy, str activation, Tensor(b!)? out, float factor) -> "
-    "Tensor",
+    "(Tensor(a!) total, Tensor(b!) h, Tensor dy, str activation, Tensor(c!)? out, float factor) -> "
+    "()",
 )
 
 # ---- one draw ------------------------------------------------------------------------------------

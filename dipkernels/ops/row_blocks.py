@@ -18,9 +18,10 @@ from .. import backends
 from .activations import BACKWARDS, act_of
 from .pieces import flat_rows
 
-# Of one product, rows times samples: on a CPU half as many as x has, within these, so that its
-# operands and result take no more than those of one draw.
-_CPU_ROWS = (1024, 2048)
+# Of one product, rows times samples: on a CPU a quarter as many as x has, within these, so that its
+# operands and result take little beside those of one draw. Twice as many of 16 bits, where products
+# are so fast that each one's own cost tells.
+_CPU_ROWS = (512, 2048)
 _GPU_ROWS = 16384
 # of one product's result, at least: a narrow layer takes more rows, but no more than it has
 _ELEMENTS = 2**20
@@ -28,14 +29,14 @@ _ELEMENTS = 2**20
 # its cache. A GPU would launch a kernel for each.
 _CPU_ROWS_EACH = 256
 # of a weight's gradient, at once where it is scaled: so no float32 copy of the whole is made
-_CPU_PART = 2**20
+_CPU_PART = 2**18
 # Products that a weight's gradient of 16 bits sums in its own type, as autograd sums those of as
 # many calls; more are summed in float32.
 _NARROW_SUMS = 16
 
 
 def _blocks(
-    x: Tensor, n: int, num_samples: int, activation: str
+    x: Tensor, weight: Tensor, num_samples: int, activation: str
 ) -> tuple[list[slice], list[range]]:
     """Ranges of the rows x [M, K], and those of samples that go through one product."""
     # a mean of affine samples is one draw with less sigma
@@ -46,8 +47,8 @@ def _blocks(
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     m, on_cpu = x.shape[0], x.device.type == "cpu"
     least, most = _CPU_ROWS if on_cpu else (_GPU_ROWS, _GPU_ROWS)
-    size = min(max(m // 2, least), most)
-    size = max(size, min(m, _ELEMENTS // max(1, n, x.shape[1])))
+    size = min(max(m // 4, least) * (2 if weight.itemsize == 2 else 1), most)
+    size = max(size, min(m, _ELEMENTS // max(1, *weight.shape)))
     each = max(1, min(m, _CPU_ROWS_EACH if on_cpu else size))
     group = min(num_samples, max(1, size // each))
     rows = max(1, size // group)
@@ -104,8 +105,6 @@ def _pre_activations(
     where it is given."""
     if first is None:
         return F.linear(u.flatten(0, 1), weight, bias).view(*u.shape[:2], len(weight))
-    if not len(u):
-        return first[None]
     h = u.new_empty(len(u) + 1, *first.shape)
     h[0].copy_(first)
     out = h[1:].flatten(0, 1)
@@ -145,10 +144,11 @@ def _act_add(
 def _act_add_bwd(
     total: Tensor, h: Tensor, dy: Tensor, activation: str, out: Tensor | None, factor: float
 ) -> Tensor:
-    """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples, factor total
-    into out."""
+    """dh = dy act'(h), [samples, rows, N], over h where the pass runs; total [rows, N] += its sum
+    over samples, factor total into out."""
     if _has_passes(h):
-        return torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
+        torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
+        return h
     dhs = [BACKWARDS[activation](dy, part) for part in h]
     for dh in dhs:
         total.add_(dh)
@@ -191,7 +191,7 @@ def linear(
     """The operation `linear`."""
     n, dtype, flat = weight.shape[0], weight.dtype, flat_rows(x)
     y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
-    blocks, groups = _blocks(flat, n, num_samples, activation)
+    blocks, groups = _blocks(flat, weight, num_samples, activation)
     samples, scale = range(sample, sample + num_samples), _standard_deviation(sigma, log_variance)
     for block in blocks:
         rows = flat[block].contiguous()
@@ -236,7 +236,7 @@ def linear_bwd(
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
     samples = range(sample, sample + num_samples)
-    blocks, groups = _blocks(flat, n, num_samples, activation)
+    blocks, groups = _blocks(flat, weight, num_samples, activation)
     sum_type = dtype if len(blocks) * len(groups) <= _NARROW_SUMS else wide
     noise_sum = torch.zeros(weight.shape, dtype=sum_type, device=x.device)  # G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
@@ -264,7 +264,6 @@ def linear_bwd(
             _add_product(noise_sum, dh.flatten(0, 1).t(), z.flatten(0, 1), 1 / num_samples)
             del z, dh
         row_sum.add_(total.sum(0))
-    dx = (sums @ weight).to(x.dtype)
     dsigma = torch.zeros(weight.shape[1], dtype=wide, device=x.device)
     for noise, w in _parts(noise_sum, weight):
         dsigma.add_(torch.linalg.vecdot(noise.to(wide), w.to(wide), dim=0), alpha=factor)
@@ -273,5 +272,6 @@ def linear_bwd(
         dsigma.mul_(scale / 2)
     dweight = noise_sum  # and now the other term of it
     _add_product(dweight, sums.t(), flat.to(dtype))
+    dx = (sums @ weight).to(x.dtype)
     dbias = row_sum.mul_(1 / num_samples).to(dtype if bias is None else bias.dtype)
     return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma.to(sigma.dtype)
