@@ -141,7 +141,7 @@ struct Samples {
 // total, where it is wanted.
 struct SamplesArgs {
   int64_t outer, inner, samples;
-  int kind;      // Activation of activation.h, or kIdentity
+  int kind;  // Activation of activation.h, or kIdentity
   bool back;
   Samples h;     // not float64; back: where dh is written
   Operand dy;    // back: [outer, inner], inner elements side by side
