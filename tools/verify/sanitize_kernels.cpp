@@ -534,13 +534,14 @@ static void samples_case(int64_t number, Dice& dice) {
   a.samples = dice.between(backward, 9),
   a.kind = static_cast<int>(dice.between(kIdentity, kNumActivations - 1));
   a.factor = 0.25f;
+  // x: what h holds before dh is written over it
   Cube h(type, size_of(type), a.samples, a.outer, a.inner, dice),
-      dh(type, size_of(type), a.samples, a.outer, a.inner, dice);
+      x(type, size_of(type), a.samples, a.outer, a.inner, dice);
   Cube dy(type, size_of(type), 1, a.outer, a.inner, dice),
       out(out_type, size_of(out_type), 1, a.outer, a.inner, dice);
   a.h = h.t;
   if (with_out) a.out = {out.t.data, out_type, out.t.outer_stride, 1};
-  if (backward) a.dh = dh.t, a.dy = {dy.t.data, type, dy.t.outer_stride, 1};
+  if (backward) a.back = true, a.dy = {dy.t.data, type, dy.t.outer_stride, 1};
   const Operand total{
       allocate(static_cast<size_t>(4 * a.outer * a.inner), dice).data, DType::kFloat32, 0, 1};
   a.total = static_cast<float*>(total.data);
@@ -548,7 +549,7 @@ static void samples_case(int64_t number, Dice& dice) {
     for (int64_t j = 0; j < a.inner; ++j) {
       put(dy.values(), dy.at(0, i, j), dice.real());
       for (int64_t s = 0; s < a.samples; ++s)
-        put(h.values(), h.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
+        put(x.values(), x.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
     }
   const double fine = 4e-6, rounding = type == DType::kBFloat16  ? 0.004
                                        : type == DType::kFloat16 ? 0.0005
@@ -556,17 +557,22 @@ static void samples_case(int64_t number, Dice& dice) {
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
     for (int64_t i = 0; i < a.outer * a.inner; ++i) put(total, i, 1);
+    for (int64_t s = 0; s < a.samples; ++s)
+      for (int64_t i = 0; i < a.outer; ++i)
+        for (int64_t j = 0; j < a.inner; ++j) {
+          put(h.values(), h.at(s, i, j), x.number(s, i, j));
+          h.touch(s, i, j);
+        }
     if (const char* error = samples_cpu(a, parallel_for)) die(number, error);
     for (int64_t i = 0; i < a.outer; ++i)
       for (int64_t j = 0; j < a.inner; ++j) {
         double sum = 1, size = 1;
         for (int64_t s = 0; s < a.samples; ++s) {
-          const double x = h.number(s, i, j), g = dy.number(0, i, j);
-          const double want = backward ? g * act(a.kind, x, true) : act(a.kind, x, false);
+          const double g = dy.number(0, i, j), f = act(a.kind, x.number(s, i, j), backward);
+          const double want = backward ? g * f : f;
           size += 1 + std::fabs(g) + std::fabs(want), sum += want;
           if (!backward) continue;
-          const double got = dh.number(s, i, j);
-          dh.touch(s, i, j);
+          const double got = h.number(s, i, j);
           if (!(std::fabs(got - want) <= rounding * std::fabs(want) + fine * std::fabs(g) + 1e-7))
             die(number, "dh is not dy times the slope", got, want);
         }
@@ -578,7 +584,7 @@ static void samples_case(int64_t number, Dice& dice) {
         if (!(std::fabs(out.number(0, i, j) - 0.25 * got) <= 0.004 * std::fabs(got) + 1e-7))
           die(number, "out is not factor total");
       }
-    dh.check_gaps(number), out.check_gaps(number);
+    h.check_gaps(number), out.check_gaps(number);
   }
 }
 
