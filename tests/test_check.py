@@ -348,6 +348,12 @@ def test_layers_that_moved_or_were_taken_out_are_no_fault(change):
     assert not faults(model)
 
 
+def test_a_replaced_layer_is_named_in_a_part_of_the_model():
+    model = dip.convert(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 8)))
+    model[0].linear1 = nn.Linear(8, 16)
+    assert [fault.split(":")[0] for fault in faults(model[0], X)] == ["linear1"]
+
+
 def test_what_convert_remembers_survives_copies_and_goes_with_to_plain():
     model = dip.convert(nn.Sequential(nn.Linear(8, 8)))
     again = copy.deepcopy(model)

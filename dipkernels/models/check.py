@@ -141,7 +141,9 @@ def _replaced(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for root, prefix, names in remembered(model):
-        renamed = len(dip_layers(root)) >= len(names)
+        # a parent remembers its own children alone, the model every layer
+        depth = max((name.count(".") for name in names), default=0)
+        renamed = sum(name.count(".") <= depth for name in dip_layers(root)) >= len(names)
         for name in names:
             full_name = f"{prefix}.{name}".lstrip(".")
             try:
