@@ -26,7 +26,7 @@ void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f)
 }
 
 // The blocks of rows of the two-stage sum, docs/maths.md, section 5: of whole units of rows, by the
-// sizes alone.
+// sizes and the layout alone.
 struct Blocks {
   int64_t rows, count;  // of each block but the last, which may have fewer; how many blocks
 
