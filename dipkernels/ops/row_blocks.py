@@ -19,20 +19,19 @@ from .activations import BACKWARDS, act_of
 from .pieces import flat_rows
 
 # Of one product, rows times samples: on a CPU a quarter as many as x has, within these, so that its
-# operands and result take little beside those of one draw. Twice as many of 16 bits, where products
-# are so fast that each one's own cost tells.
+# operands and result take little beside those of one draw.
 _CPU_ROWS = (512, 2048)
 _GPU_ROWS = 16384
 # of one product's result, at least: a narrow layer takes more rows, but no more than it has
 _ELEMENTS = 2**20
 # A CPU takes several samples in one product, each of this many rows at least: so their sum stays in
 # its cache. A GPU would launch a kernel for each.
-_CPU_ROWS_EACH = 256
+_CPU_ROWS_EACH = 128
 # of a weight's gradient, at once where it is scaled: so no float32 copy of the whole is made
 _CPU_PART = 2**18
 # Products that a weight's gradient of 16 bits sums in its own type, as autograd sums those of as
 # many calls; more are summed in float32.
-_NARROW_SUMS = 16
+_NARROW_SUMS = 32
 
 
 def _blocks(
@@ -47,7 +46,7 @@ def _blocks(
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     m, on_cpu = x.shape[0], x.device.type == "cpu"
     least, most = _CPU_ROWS if on_cpu else (_GPU_ROWS, _GPU_ROWS)
-    size = min(max(m // 4, least) * (2 if weight.itemsize == 2 else 1), most)
+    size = min(max(m // 4, least), most)
     size = max(size, min(m, _ELEMENTS // max(1, *weight.shape)))
     each = max(1, min(m, _CPU_ROWS_EACH if on_cpu else size))
     group = min(num_samples, max(1, size // each))
