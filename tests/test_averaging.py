@@ -223,8 +223,8 @@ def test_mean_takes_the_memory_of_one_sample():
     assert peak(lambda: forward(33)) <= one + 2 * 4 * row_blocks._ELEMENTS
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1.15), (torch.bfloat16, 1.3)])
-def test_mean_of_a_wide_layer_peaks_little_above_one_draw(dtype, most):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_of_a_wide_layer_peaks_little_above_one_draw(dtype):
     *leaves, dy = inputs(4096, 128, 1024, dtype)
     leaves = [t.requires_grad_() for t in leaves]
     one, mean = (
@@ -234,7 +234,7 @@ def test_mean_of_a_wide_layer_peaks_little_above_one_draw(dtype, most):
             lambda: layer(*leaves, activation="gelu", estimator="mean", num_samples=8),
         )
     )
-    assert mean <= most * one
+    assert mean <= 1.15 * one
 
 
 # ---- "analytic" ----------------------------------------------------------------------------------
