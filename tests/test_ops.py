@@ -6,7 +6,7 @@ import hashlib
 import pytest
 import torch
 
-from dipkernels import backends, functional
+from dipkernels import backends, functional, producers
 from dipkernels.ops import registry
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation
@@ -53,6 +53,45 @@ def test_ops_namespaces_have_one_schema():
             for n in set(registry.NAMESPACES.values())
         }
         assert len(texts) == 1
+
+
+AGAIN = {  # each operation with a backward pass of its own, on x, a matrix, and two vectors
+    "keep": lambda x, w, b, s: functional.dip_linear(x, w, b, s, SEED, keep="x"),
+    "mean": lambda x, w, b, s: functional.dip_linear(
+        x, w, b, s, SEED, num_samples=2, activation="tanh", estimator="mean"
+    ),
+    "analytic": lambda x, w, b, s: functional.dip_linear(
+        x, w, b, s, SEED, activation="tanh", estimator="analytic"
+    ),
+    "expectation": lambda x, w, b, s: functional.expectation(x @ w + b, s, "tanh"),
+    "norm": lambda x, w, b, s: producers.norm(x, w[0], b, s, SEED, kind="layer", eps=1e-3),
+    "activate": lambda x, w, b, s: producers.activate(x @ w + b, s, SEED, kind="tanh"),
+    "gate": lambda x, w, b, s: producers.gate(x, x @ w + b, s, SEED, kind="silu"),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_ops_that_read_what_was_made_of_their_own_weights_have_one_gradient(name):
+    """A layer that is called again, as a recurrent cell: under create_graph no gradient counts
+    twice what reaches it through the input."""
+    x, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    leaves = [x, w, torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)]
+
+    def loss(*leaves):
+        y = AGAIN[name](*leaves)
+        return AGAIN[name](y, *leaves[1:]).square().sum()
+
+    def penalty(grads):
+        return sum((g * g).sum() for g in grads)
+
+    each = tuple(range(4))
+    want = torch.func.grad(loss, each)(*leaves)
+    twice = torch.func.grad(lambda *p: penalty(torch.func.grad(loss, each)(*p)), each)(*leaves)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    torch.testing.assert_close(torch.autograd.grad(loss(*leaves), leaves), want)
+    got = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(penalty(got), leaves), twice)
 
 
 def test_ops_meta_tensors_take_shapes_through():

@@ -54,8 +54,10 @@ def fused(
             needs, how = ctx.needs_input_grad[:num_tensors], ctx.how
             rest = (None,) * len(how)
             if torch.is_grad_enabled():  # create_graph
-                wanted = [t for t, need in zip(tensors, needs) if need]
-                y = pieces(*tensors, *how)
+                # views: a gradient by W alone, where x is made of W too (a layer called again)
+                views = [t.view_as(t) if need else t for t, need in zip(tensors, needs)]
+                wanted = [t for t, need in zip(views, needs) if need]
+                y = pieces(*views, *how)
                 found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
                 return *(next(found) if need else None for need in needs), *rest
             grads: Any = zip(run_bwd(dy, tensors, kept, how, needs), tensors, needs)
