@@ -300,6 +300,11 @@ def beside_a_head(module, features=8):
         (lambda: beside_a_head(PygLinear(8, 4), 4), r"odd \(PygLinear\): 66\.7%.*\(weight\)"),
         (lambda: beside_a_head(Listed()), r"odd \(Listed\): 66\.7%.*experts\.0, experts\.1"),
         (lambda: beside_a_head(nn.GRU(8, 8)), r"odd \(GRU\)"),
+        (
+            lambda: nn.Sequential(nn.Linear(200, 200), nn.LSTM(4, 4)),
+            r"1 \(LSTM\): 0\..*weight_ih_l0",
+        ),
+        (lambda: nn.Sequential(nn.Linear(200, 200), nn.GRUCell(4, 4)), r"1 \(GRUCell\)"),
         (lambda: beside_a_head(nn.Bilinear(8, 8, 8)), r"odd \(Bilinear\)"),
         (lambda: beside_a_head(nn.ConvTranspose1d(8, 8, 3)), r"odd \(ConvTranspose1d\)"),
         (lambda: beside_a_head(Spectral()), r"odd \(Spectral\): 80.0%"),

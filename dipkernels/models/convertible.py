@@ -427,7 +427,7 @@ def unnoised(names: Names, known: set[nn.Module], blocks: set[str]) -> dict[str,
     line for each class.
 
     known: what is converted, left out on purpose, or named already. Small ones, such as a table of
-    relative positions, count as layers only where their matrix is called `weight`.
+    relative positions, count as layers only where the name of a matrix begins with `weight`.
     """
     matrices_of = [
         own_matrices(m) for m in names if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
@@ -446,7 +446,8 @@ def unnoised(names: Names, known: set[nn.Module], blocks: set[str]) -> dict[str,
     for kind, modules in by_class.items():
         matrices = [own_matrices(m) for m in modules]
         share = sum(p.numel() for each in matrices for p in each.values()) / total
-        if share < _LEAST_SHARE and not any("weight" in each for each in matrices):
+        a_layer = any(name.startswith("weight") for each in matrices for name in each)
+        if share < _LEAST_SHARE and not a_layer:
             continue
         others = [name for m in names if m not in modules for name in names[m]]
         patterns = _patterns([names[m][0] for m in modules], others)
