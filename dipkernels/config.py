@@ -22,9 +22,10 @@ from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
 from .models.patterns import Patterns, around, shared_groups, strings
-from .models.probe import CONFIG, listed
+from .models.probe import CONFIG, listed, plain_names
 from .nn.layer import DIPLayer
 from .nn.numbering import Model, dip_layers, require_module
+from .nn.variance import Variance
 from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
@@ -317,12 +318,24 @@ def calibrate_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) ->
             f"ratio: expected a pattern for every layer, got none that matches {without}; end with "
             "'*'"
         )
+    layers = dip_layers(model)
+    ratios = {name: ratio[p] for name, p in found.items() if p is not None}
+    of_variance: dict[Variance, list[str]] = {}  # layers may share one
+    for name, layer in layers.items():
+        of_variance.setdefault(layer.variance, []).append(name)
+    for names in of_variance.values():
+        if len({ratios[name] for name in names}) > 1:
+            raise ValueError(
+                "ratio: expected one value for layers that share a variance, got different ones "
+                f"for {names}; let one pattern match them all"
+            )
     calibrate(model, batches, 1.0, per=config.per, start=config.start)
     state = variances(model)
+    modules = plain_names(model)  # whose names the state has, also of a compiled model
     for name, values in state.items():
-        pattern = found[name.rpartition(".variance.")[0]]
-        if not name.endswith(".pull"):
-            values += 2 * math.log(ratio[pattern])  # type: ignore[index]
+        variance, _, part = name.rpartition(".")
+        if part != "pull":
+            values += 2 * math.log(ratios[of_variance[modules[variance]][0]])  # type: ignore[index]
     load_variances(model, state)
 
 

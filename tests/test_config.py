@@ -161,6 +161,32 @@ def test_apply_noises_modules_by_name_and_shares():
     assert list(dip_layers(dip.apply(net(), config, [X]))) == ["up", "body.0"]
 
 
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_a_ratio_by_pattern_is_set_in_a_wrapped_model(wrap):
+    ratio = {"*body.0": 0.25, "*": 0.5}
+    plain, wrapped = (dip.apply(m, dip.DIPConfig(ratio=ratio), [X]) for m in (net(), wrap(net())))
+    assert_same_variances(wrapped, plain)
+
+
+def test_layers_that_share_a_variance_take_one_ratio():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.q(x) * self.k(x)
+
+    share, model = [("q", "k")], Pair()
+    alike = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"^ratio: expected one value .* \['q', 'k'\]; let one"):
+        dip.apply(model, dip.DIPConfig(share=share, ratio={"q": 0.5, "*": 0.1}), [X])
+    assert not dip_layers(model)
+    dip.apply(model, dip.DIPConfig(share=share, ratio={"q": 0.5, "k": 0.5}), [X])
+    dip.apply(alike, dip.DIPConfig(share=share, ratio=0.5), [X])
+    assert torch.allclose(model.q.variance.sigma, alike.q.variance.sigma)
+
+
 LIKE_HEAD = r"\['haed'\] that match none; names like them: \['head'\]"
 
 
