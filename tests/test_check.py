@@ -264,6 +264,36 @@ def test_a_gradient_that_the_kl_terms_rounding_hides_is_no_fault(moved, size):
     assert not faults(model)
 
 
+class Attends(nn.Module):
+    """As small at its start as transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.head = nn.Linear(32, 3)
+        for layer in self.children():
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x):
+        return self.head(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)).mean(1))
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1])
+def test_little_noise_in_an_attention_at_its_start_is_no_fault(ratio):
+    """After a few steps of training, or with start=, the KL term has a gradient of its own."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, y = torch.randn(16, 8, 32), torch.arange(16) % 3
+        model = dip.convert(Attends())
+        dip.calibrate(model, [x], ratio)
+        with torch.no_grad():
+            for layer in model.children():
+                layer.log_variance.add_(3e-4 * torch.rand_like(layer.log_variance))
+        out = dip.trajectories(model, x, m=2)
+        dip.objective(out, y, F.cross_entropy, model).backward()
+        assert not faults(model), seed
+
+
 def test_frozen_variances_are_listed_and_no_fault():
     model = dip.convert(Fused())
     freeze(model)

@@ -243,13 +243,13 @@ def _learns_from_the_loss(layer: DIPLayer, slope: Tensor | None) -> bool:
     rounding = 5e-7 * scale.abs() * pull * (ratio.exp() + 1)
     if ((grad - scale * kl).abs() > rounding).any() or (grad.abs() <= rounding).all():
         return True
-    # The loss's part is often a twentieth of weight times slope. An attention's is very small at
-    # its start.
+    # The loss's part is often a twentieth of weight times slope, and much less beside little
+    # noise. An attention's is very small at its start.
     weight = weight_of(layer)
     if slope is None or not _nonzero(slope) or not _nonzero(weight):
         return False
     size = full(slope.detach()).abs().max() * full(weight.detach()).abs().max()
-    return bool(size <= 30 * rounding.max())
+    return bool(size <= 1000 * rounding.max())
 
 
 def _why_none(layer: DIPLayer, learns: bool) -> str:
