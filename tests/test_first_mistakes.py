@@ -254,13 +254,59 @@ def test_a_state_of_no_tensors_is_named():
     model = dip.convert(network())
     state = dip.variances(model)
     for given, kind in (
-        ({name: values.numpy() for name, values in state.items()}, "dense tensors.*ndarray"),
-        ({name: values.tolist() for name, values in state.items()}, "dense tensors.*list"),
+        ({name: values.numpy() for name, values in state.items()}, "dense .*tensors.*ndarray"),
+        ({name: values.tolist() for name, values in state.items()}, "dense .*tensors.*list"),
+        ({name: values.cfloat() for name, values in state.items()}, "dense floating.*complex64"),
+        ({name: values.bool() for name, values in state.items()}, "dense floating.*torch.bool"),
+        ({name: values.to("meta") for name, values in state.items()}, "dense.*the meta device"),
         (list(state.items()), "a mapping.*list"),
         (None, "a mapping.*NoneType"),
     ):
         with pytest.raises(TypeError, match=f"^state: expected {kind}"):
             dip.load_variances(model, given)
+
+
+@pytest.mark.parametrize("context", [dip.noise_off, dip.sampling_on])
+def test_a_context_that_is_given_a_model_or_a_function_says_how_it_is_written(context):
+    name = context.__name__
+    for given in (dip.convert(network()), F.relu):  # the latter by @dip.noise_off alone
+        said = rf"^{name}: expected no argument, .* got \w+; write `with dip.{name}\(\):`"
+        with pytest.raises(TypeError, match=said):
+            context(given)
+
+
+@pytest.mark.parametrize("types", [3, [[nn.Linear]], "Linear", nn.ReLU, [], [nn.Linear, None]])
+def test_types_that_are_no_classes_to_convert_are_named(types):
+    with pytest.raises(ValueError, match=r"^types: expected some of the classes nn.Linear, "):
+        dip.convert(network(), types=types)
+
+
+def test_a_single_example_is_told_from_a_batch():
+    model = dip.convert(network())
+    with pytest.raises(
+        ValueError, match=r"^batches: expected inputs that vary, .*several examples"
+    ):
+        dip.calibrate(model, [X[:1]])
+    with pytest.raises(ValueError, match=r"^average: expected .* shape \(4,\), got .* x\[None\]"):
+        dip.predict(model, X[0], k=2)
+
+
+def test_a_loss_among_the_outputs_of_folded_passes_asks_for_chunk_1():
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x, labels):
+            logits = self.network(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    model = dip.convert(WithLoss())
+    with pytest.raises(
+        ValueError, match=r"^output\['loss'\]: .* B \* chunk = 12, .* chunk=1; where"
+    ):
+        dip.predict(model, X, Y, k=4, chunk=2)
+    assert dip.predict(model, X, Y, k=4).shape == (6, 4)
 
 
 @pytest.mark.parametrize("target", [Y, F.one_hot(Y).float()])

@@ -969,6 +969,8 @@ def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):
 def test_the_callback_refuses_what_it_cannot_do(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         called(tmp_path, DIPCallback(config), weight_decay=0.0)
+    with pytest.raises(TypeError, match=r"^config: expected a DIPConfig, got dict"):
+        DIPCallback({"m": 1})
 
 
 def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_additions(tmp_path):

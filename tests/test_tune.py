@@ -3,6 +3,7 @@ clean."""
 
 import builtins
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +71,12 @@ def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     assert dip.tune(made_up, 100).ratio == 0.6
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_chosen_of_a_tensor_or_an_array_are_floats():
+    for ratios in (torch.tensor([0.5, 1.0]), np.array([0.5, 1.0])):
+        found = dip.tune(made_up, budget=6, ratios=ratios, kls=(0.4,), progress=False)
+        assert type(found.ratio) is float and type(found.kl) is float
 
 
 @pytest.mark.parametrize(

@@ -561,6 +561,8 @@ class DIPCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:
+        if config is not None and not isinstance(config, DIPConfig):
+            raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
         self.config, self.batches = config or DIPConfig(m=1, key=None), batches
         self._require_possible()
 

@@ -129,7 +129,10 @@ def calibrate(
         name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0
     ]
     if constant:
-        raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
+        raise ValueError(
+            f"batches: expected inputs that vary, got constant ones at {constant}; give several "
+            "examples; what reads a constant is to be left plain, convert(exclude=...)"
+        )
     learned = [layer.log_variance for layer in layers.values()]  # layers may share one
     pull = share * min(1.0, DEEP / len({id(each) for each in learned}))
     priors = {}  # ln of the prior's variance

@@ -4,7 +4,7 @@ can."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -82,9 +82,10 @@ def choose(
 
 def _kinds(types: Any) -> Types:
     """The classes to convert; a single one stands for a list of one."""
-    given = TWINS if types is None else (types,) if isinstance(types, (type, str)) else types
-    kinds = tuple(given)
-    if not kinds or not all(t in TWINS for t in kinds):
+    given = TWINS if types is None else types
+    listed = isinstance(given, Iterable) and not isinstance(given, (type, str))
+    kinds = tuple(given) if listed else (given,)
+    if not kinds or not all(isinstance(t, type) and t in TWINS for t in kinds):
         known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
         raise ValueError(f"types: expected some of the classes {known}, got {types!r}")
     return kinds

@@ -150,8 +150,8 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"state: expected the variances of this model, got none for {missing} and unknown "
             f"{unknown}"
         )
-    if others := {n: kind for n, values in state.items() if (kind := undense(values)) is not None}:
-        raise TypeError(f"state: expected dense tensors, got {others}")
+    if others := {n: kind for n, values in state.items() if (kind := _no_values(values))}:
+        raise TypeError(f"state: expected dense floating tensors with values, got {others}")
     shapes = {n: (tuple(values.shape), (own[n][0].num_features,)) for n, values in state.items()}
     other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
     if other:
@@ -172,6 +172,15 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         else:
             buffer = getattr(m, part)
             buffer.copy_(dtensor.laid_out_as(values, buffer))
+
+
+def _no_values(values: object) -> str | None:
+    """What this is where it is no dense floating tensor with values; None where it is one."""
+    if (kind := undense(values)) is not None or not isinstance(values, Tensor):
+        return kind
+    if values.is_meta:
+        return "a tensor on the meta device"
+    return None if values.is_floating_point() else str(values.dtype)
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[Variance, str]]:

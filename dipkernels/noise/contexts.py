@@ -58,7 +58,14 @@ class _State(contextlib.ContextDecorator):
     on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *given: object) -> None:
+        if given:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name}: expected no argument, because it holds for every DIP layer, got "
+                f"{type(given[0]).__name__}; write `with dip.{name}():`, or `@dip.{name}()` above "
+                "a function"
+            )
         self._saved: list[tuple[Any, ...]] = []
 
     def _set(self) -> None:

@@ -108,7 +108,7 @@ def folded(
             f"as it is, and what an object holds is not seen){way_out}"
         )
     out = model(*folded_args, **folded_kwargs)
-    return map_tensors(lambda name, value: _unfolded(name, value, batch, m), out)
+    return map_tensors(lambda name, value: _unfolded(name, value, batch, m, chunked), out)
 
 
 def _dims_of(in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
@@ -187,8 +187,13 @@ class _Fold:
         return leaf.unsqueeze(1).expand(size, self.m, *leaf.shape[1:]).flatten(0, 1)
 
 
-def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
+def _unfolded(name: str, value: Tensor, batch: int, m: int, chunked: bool) -> Tensor:
     if value.ndim == 0 or value.shape[0] != batch * m:
+        if chunked:
+            raise ValueError(
+                f"{name}: expected a tensor whose first size is B * chunk = {batch * m}, got shape "
+                f"{tuple(value.shape)}; take chunk=1; where it is a loss, leave out the labels"
+            )
         got = (
             f"shape {tuple(value.shape)}: if it does not have the examples first (a recurrent "
             "state), give a function that leaves it out, such as lambda x: model(x)[0]; if it "

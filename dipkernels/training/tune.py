@@ -125,7 +125,7 @@ def tune(
     pairs = list(itertools.product(ratios, kls))
     if not pairs:
         raise ValueError(f"ratios, kls: expected some of each, got {ratios} and {kls}")
-    pairs = [(real("ratios", r, above=0), real("kls", w, least=0)) for r, w in pairs]
+    pairs = [(float(real("ratios", r, above=0)), float(real("kls", w, least=0))) for r, w in pairs]
     tolerance = real("tolerance", tolerance, least=0)
     rounds = plan(len(pairs), integer("budget", budget))
     trials: list[Trial] = []
