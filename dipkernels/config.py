@@ -348,16 +348,27 @@ def config_of(model: nn.Module) -> DIPConfig | None:
     Returns:
         The config; None if there is none, or if no DIP layer is left.
 
+    Raises:
+        ValueError: Its parts have configs that differ.
+
     Examples:
         >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(init_variance=0.04))
         >>> dip.config_of(model).init_variance
         0.04
     """
     require_module(model)
-    found = next(
-        (vars(module)[CONFIG] for module in model.modules() if CONFIG in vars(module)), None
-    )
-    return found if isinstance(found, DIPConfig) and dip_layers(model) else None
+    found: dict[str, DIPConfig] = {}
+    for name, module in model.named_modules():
+        config = vars(module).get(CONFIG)
+        if isinstance(config, DIPConfig) and dip_layers(module):
+            found[name] = config
+    first = next(iter(found.values()), None)
+    if any(config != first for config in found.values()):
+        raise ValueError(
+            f"model: expected one config for all of it, got several that differ, of {list(found)}; "
+            "apply one to the whole, or train and save each part by itself"
+        )
+    return first
 
 
 def require_config(model: nn.Module) -> DIPConfig:

@@ -168,6 +168,21 @@ def test_a_ratio_by_pattern_is_set_in_a_wrapped_model(wrap):
     assert_same_variances(wrapped, plain)
 
 
+def test_parts_with_configs_that_differ_have_no_config_together(tmp_path):
+    def parts(*kls):
+        made = [dip.DIPConfig(init_variance=0.01, kl=kl) for kl in kls]
+        return nn.ModuleList(dip.apply(net(), config) for config in made)
+
+    model = parts(0.1, 0.2)
+    for call in (dip.config_of, lambda model: dip.save(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"^model: expected one config .* \['0', '1'\]; apply"):
+            call(model)
+    assert not list(tmp_path.iterdir())
+    assert dip.config_of(model[1]).kl == 0.2 and dip.config_of(parts(0.1, 0.1)).kl == 0.1
+    dip.to_plain(model[0])
+    assert dip.config_of(model).kl == 0.2
+
+
 def test_layers_that_share_a_variance_take_one_ratio():
     class Pair(nn.Module):
         def __init__(self):
