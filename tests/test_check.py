@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from torch import nn
 from variance_support import Branches, freeze

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from plain_support import assert_plain
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm

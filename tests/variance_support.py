@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.distributed.fsdp
 from torch import nn
 
 import dipkernels as dip
