@@ -10,7 +10,7 @@ namespace {
 
 ExpectationArgs start_expectation(
     const Tensor& mu, const Tensor& v, const std::string& activation) {
-  check_same(v, "v", mu);
+  check_device(v, "v", mu);
   STD_TORCH_CHECK(
       mu.dim() >= 1 && v.dim() == 1 && v.size(0) == mu.size(-1),
       "v: expected shape (N,), N of mu's last dimension");
@@ -38,7 +38,7 @@ Tensor expectation(Tensor mu, Tensor v, std::string activation) {
 }
 
 VarianceArgs start_variance(const Tensor& weight, const Tensor& sigma, bool log_variance) {
-  check_same(sigma, "sigma", weight);
+  check_device(sigma, "sigma", weight);
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape (N, K)");
   check_sigma(sigma, weight.size(1));
   VarianceArgs a{};
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> affine_variance_bwd(
   sigma = torch::stable::contiguous(sigma);
   dv = torch::stable::contiguous(dv);
   VarianceArgs a = start_variance(weight, sigma, log_variance);
-  check_same(dv, "dv", weight);
+  check_device(dv, "dv", weight);
   STD_TORCH_CHECK(
       dv.dim() == 1 && dv.size(0) == weight.size(0) && dv.scalar_type() == sigma.scalar_type(),
       "dv: expected shape (N,) and sigma's dtype");

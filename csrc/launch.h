@@ -7,6 +7,10 @@ namespace dip {
 
 enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+constexpr int size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
 // A tensor as [outer, features, inner]; strides in elements.
 struct Operand {
   void* data = nullptr;  // null: absent

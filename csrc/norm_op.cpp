@@ -27,7 +27,7 @@ struct RowsOf {
 // A vector of the features, or null.
 Operand column_of(std::optional<Tensor>& t, const char* name, const Tensor& x) {
   if (!t) return {};
-  check_same(*t, name, x);
+  check_device(*t, name, x);
   STD_TORCH_CHECK(
       t->dim() == 1 && t->size(0) == x.size(-1), name, ": expected shape (K,) = (", x.size(-1),
       ",)");

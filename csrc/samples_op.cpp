@@ -19,7 +19,7 @@ void draw_samples(
   const int64_t samples = (u ? *u : *z).size(0);
   const auto check = [&](const std::optional<Tensor>& t, const char* name) {
     if (!t) return;
-    check_same(*t, name, x);
+    check_device(*t, name, x);
     STD_TORCH_CHECK(
         t->dim() == 3 && t->size(0) == samples && t->size(1) == x.size(0) &&
             t->size(2) == x.size(1) && t->is_contiguous(),
@@ -45,41 +45,28 @@ void draw_samples(
   if (z) first.z = operand(*z);
   // Threads share out blocks of rows of the samples: there may be more threads than samples.
   const int64_t k = first.features, block = larger(64, kDrawn / larger(1, k));
-  struct Job {
-    const PerturbArgs& first;
-    int64_t blocks, block, size, bytes_x, bytes_u, bytes_z;
-    const char* error;
-  } job{
-      first,
-      ceil_div(first.outer, block),
-      block,
-      x.numel(),
-      static_cast<int64_t>(x.element_size()),
-      u ? static_cast<int64_t>(u->element_size()) : 0,
-      z ? static_cast<int64_t>(z->element_size()) : 0,
-      nullptr};
-  const auto draw = [](int64_t begin, int64_t end, void* context) {
-    Job& j = *static_cast<Job*>(context);
-    const ParallelFor here = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*),
-                                void* inner) { f(0, total, inner); };
+  const int64_t blocks = ceil_div(first.outer, block), size = x.numel();
+  const ParallelFor here = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*),
+                              void* context) { f(0, total, context); };
+  const auto move = [](Operand& t, int64_t elements) {
+    if (t.data) t.data = static_cast<char*>(t.data) + elements * size_of(t.dtype);
+  };
+  const char* error = nullptr;
+  run_parallel(parallel_for, samples * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = i / j.blocks, row = i % j.blocks * j.block, at = row * j.first.features;
-      const auto move = [](Operand& t, int64_t bytes) {
-        if (t.data) t.data = static_cast<char*>(t.data) + bytes;
-      };
-      PerturbArgs a = j.first;
-      a.outer = smaller(j.block, j.first.outer - row);
+      const int64_t s = i / blocks, row = i % blocks * block, at = row * k;
+      PerturbArgs a = first;
+      a.outer = smaller(block, first.outer - row);
       a.draw.sample += static_cast<int32_t>(s);
       a.draw.row0 += row;
-      move(a.x, at * j.bytes_x);
-      move(a.u, (s * j.size + at) * j.bytes_u);
-      move(a.z, (s * j.size + at) * j.bytes_z);
-      if (const char* error = perturb_cpu(a, here))
-        __atomic_store_n(&j.error, error, __ATOMIC_RELAXED);
+      move(a.x, at);
+      move(a.u, s * size + at);
+      move(a.z, s * size + at);
+      if (const char* wrong = perturb_cpu(a, here))
+        __atomic_store_n(&error, wrong, __ATOMIC_RELAXED);
     }
-  };
-  parallel_for(samples * job.blocks, 1, draw, &job);
-  check_done(job.error);
+  });
+  check_done(error);
 }
 
 // t as [samples, a, b], whatever its strides but the last.

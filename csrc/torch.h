@@ -49,7 +49,7 @@ inline void check_sigma(const Tensor& sigma, int64_t k) {
       "sigma: expected float32 or float64");
 }
 
-inline void check_same(const Tensor& a, const char* name, const Tensor& x) {
+inline void check_device(const Tensor& a, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(
       a.is_cuda() == x.is_cuda() && a.get_device() == x.get_device(), name,
       ": expected the device of the data");
@@ -242,7 +242,7 @@ inline Draw draw_of(
   STD_TORCH_CHECK(
       seed.dim() == 1 && seed.size(0) == 2, "seed: expected shape (2,) = (key, stream)");
   STD_TORCH_CHECK(seed.stride(0) == 1, "seed: expected stride 1, got ", seed.stride(0));
-  check_same(seed, "seed", x);
+  check_device(seed, "seed", x);
   STD_TORCH_CHECK(
       -ndim <= *dim && *dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ",
       *dim);
@@ -260,7 +260,7 @@ inline Draw draw_of(
   draw.factor = factor;
   draw.log_variance = log_variance;
   if (!sigma) return draw;
-  check_same(*sigma, "sigma", x);
+  check_device(*sigma, "sigma", x);
   check_sigma(*sigma, x.size(*dim));
   if (sigma->stride(0) != 1 && sigma->size(0) != 1) *sigma = torch::stable::contiguous(*sigma);
   draw.sigma = sigma->const_data_ptr();
@@ -270,7 +270,7 @@ inline Draw draw_of(
 
 // Of the device and the shape of x.
 inline void check_alike(const Tensor& a, const char* name, const Tensor& x, const char* like) {
-  check_same(a, name, x);
+  check_device(a, name, x);
   bool same = a.dim() == x.dim();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = a.size(d) == x.size(d);
   STD_TORCH_CHECK(same, name, ": expected the shape of ", like);

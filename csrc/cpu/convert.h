@@ -93,10 +93,6 @@ inline void store_float16(uint16_t* p, int n, const float* in) {
 #endif
 }
 
-constexpr int size_of(DType type) {
-  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
-}
-
 // Asks for the lines of a run before other work that takes longer than their way here; kWrite: to
 // be written.
 template <int kWrite>

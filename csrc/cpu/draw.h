@@ -24,8 +24,13 @@ static_assert(kTile == kRun && kTileGroups % V::kLanes == 0, "a tile is whole ve
 #ifndef DIP_STREAM_BYTES
 #define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
 #endif
-// Of float32: in bfloat16 the draw takes longer than memory.
-constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;
+
+// Whether u, of n elements, is written past the caches: it is larger than they are. Not in
+// bfloat16, where the draw takes longer than memory.
+inline bool streams_to(const Operand& u, int64_t n) {
+  return u.data && u.dtype == DType::kFloat32 && n * 4 >= DIP_STREAM_BYTES &&
+         reinterpret_cast<uintptr_t>(u.data) % 64 == 0;
+}
 
 struct Counters {
   alignas(64) uint32_t group[kTileGroups], row_lo[kTileGroups], row_hi[kTileGroups];
@@ -129,9 +134,13 @@ DIP_HD void prefetch_step(const T* p) {
 }
 
 // ---- a whole tile, used in the registers of its last step ---------------------------------------
+
+// Whether there is such a form: for vectors, of float.
+template <class C>
+constexpr bool kInRegisters = V::kLanes > 1 && sizeof(C) == 4;
+
 // Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns
 // [begin, end), and x is that of column `begin`.
-
 template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream, class F>
 void use_tile(
     const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc,
@@ -158,12 +167,6 @@ void use_tile(
 }
 
 // ---- rows of groups, and sigma of their columns -------------------------------------------------
-
-// Continues a period of n numbers by a tile.
-template <class C>
-void repeat(int64_t n, C* numbers) {
-  for (int64_t j = 0; n && j < kTile; ++j) numbers[n + j] = numbers[j];
-}
 
 // The groups of the columns of a matrix, row by row.
 struct Groups {
@@ -240,7 +243,7 @@ inline double slope_at(const Draw& draw, int64_t j) {
 template <class C>
 void scales(const Draw& draw, int64_t features, C* to) {
   for (int64_t j = 0; j < features; ++j) to[j] = static_cast<C>(scale_at(draw, j));
-  repeat(features, to);
+  for (int64_t j = 0; features && j < kTile; ++j) to[features + j] = to[j];
 }
 
 }  // namespace

@@ -33,12 +33,6 @@ struct Numbers {
 // apart, of which a cache holds few.
 constexpr int kStride = kColumns + 16;
 
-template <class C>
-struct Coefficients {
-  const C* columns;  // [tiles, terms, numbers, kStride]
-  C p[10];
-};
-
 // Recursive, as loops around a loop that is to be vectorised are not always unrolled.
 template <class C, int n>
 DIP_HD C polynomial(const C* coefficients, C t) {
@@ -210,11 +204,12 @@ double variance_at(const ExpectationArgs& a, int64_t j) {
 template <class C, int kTerms, int m, bool kOdd>
 struct Pass {
   const ExpectationArgs& args;
-  Coefficients<C> k;
+  const C* columns;  // [tiles, terms, numbers, kStride]
+  C p[kTerms];
   bool any_plain;
 
   const C* tile(int64_t first) const {
-    return k.columns + first / kColumns * kTerms * Numbers<m, kOdd>::kAll * kStride;
+    return columns + first / kColumns * kTerms * Numbers<m, kOdd>::kAll * kStride;
   }
 
   // The processor's own prefetching does not follow short runs a row apart.
@@ -230,7 +225,7 @@ struct Pass {
     prefetch_row<0>(args.mu, row + 2, first, n);
     const C* mu = load_run<C>(args.mu, at, n, buffer);
     C* y = run_target<C>(args.y, at, target);
-    forward_run<C, kTerms, m, kOdd>(k.p, tile(first), n, mu, y);
+    forward_run<C, kTerms, m, kOdd>(p, tile(first), n, mu, y);
     for (int i = 0; any_plain && i < n; ++i)
       if (variance_at(args, first + i) == 0) y[i] = static_cast<C>(plain(args.kind, mu[i]).value);
     store_run<C>(args.y, at, n, y);
@@ -246,7 +241,7 @@ struct Pass {
     const C* mu = load_run<C>(args.mu, at, n, buffer);
     const C* dy = load_run<C>(args.dy, at, n, gradient);
     C* __restrict dmu = run_target<C>(args.dmu, at, target);
-    backward_run<C, kTerms, m, kOdd>(k.p, tile(first), n, mu, dy, dmu, dv);
+    backward_run<C, kTerms, m, kOdd>(p, tile(first), n, mu, dy, dmu, dv);
     for (int i = 0; any_plain && i < n; ++i) {
       if (variance_at(args, first + i) != 0)
         continue;  // there the curvature is 0, so dv has nothing of it yet
@@ -304,9 +299,9 @@ const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor pa
                           : nullptr;
   const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
-    Pass<C, kTerms, m, kOdd> pass{a, {columns, {}}, false};
+    Pass<C, kTerms, m, kOdd> pass{a, columns, {}, false};
     for (int t = 0; t < kTerms; ++t) {
-      pass.k.p[t] = static_cast<C>(mixture.p[t]);
+      pass.p[t] = static_cast<C>(mixture.p[t]);
       const Series<m, kOdd> series(mixture.d[t]);
       for (int64_t j = 0; j < n; ++j) {
         const double v = variance_at(a, j);

@@ -64,29 +64,22 @@ template <class C>
 struct Job {
   const GateArgs& args;
   Functions<C> functions;
-  bool dense, in_registers, streams, draws, prefetches_ahead;
+  bool dense, in_registers, streams, draws;
 
   explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.kind)) {
-    const auto follows = [&](const Operand& o) {
-      return !o.data || (g.inner == 1 ? o.outer_stride == g.features : o.feature_stride == g.inner);
-    };
-    dense = follows(g.a) && follows(g.b) && follows(g.u) && follows(g.du) && follows(g.da) &&
-            follows(g.db);
+    dense = is_dense(g, g.a) && is_dense(g, g.b) && is_dense(g, g.u) && is_dense(g, g.du) &&
+            is_dense(g, g.da) && is_dense(g, g.db);
     draws = g.u.data || g.dsigma;
     const DType dtype = g.u.data ? g.u.dtype : g.du.dtype;
-    in_registers =
-        g.inner == 1 && dense && draws && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && g.u.data &&
-              dtype == DType::kFloat32 && g.outer * g.features * 4 >= kStreamBytes &&
-              reinterpret_cast<uintptr_t>(g.u.data) % 64 == 0;
-    prefetches_ahead = in_registers && V::kLanes > 1 && sizeof(C) == 4;
+    in_registers = kInRegisters<C> && g.inner == 1 && dense && draws &&
+                   (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+    streams = in_registers && streams_to(g.u, g.outer * g.features);
   }
 
-  void prefetch(const Place& p, int n) const {
+  DIP_HD void prefetch(const Place& p, int n) const {
     prefetch_run<0>(args.a, p.at(args.a), n);
     prefetch_run<0>(args.b, p.at(args.b), n);
     prefetch_run<0>(args.du, p.at(args.du), n);
-    if (streams) return;
     prefetch_run<1>(args.u, p.at(args.u), n);
     prefetch_run<1>(args.da, p.at(args.da), n);
     prefetch_run<1>(args.db, p.at(args.db), n);

@@ -39,7 +39,7 @@ struct Scalar {
 // The sum of term(lane type, i), the terms from number i on, i < n <= kRun.
 template <class C, class F>
 DIP_HD double sum_run(int n, F&& term) {
-  using L = std::conditional_t<(sizeof(C) == 4 && V::kLanes > 1), One, Scalar<C>>;
+  using L = std::conditional_t<kInRegisters<C>, One, Scalar<C>>;
   constexpr int kParts = kSumLanes / L::kLanes;
   typename L::F part[kParts];
   DIP_UNROLL
@@ -107,16 +107,13 @@ struct Norm {
         weight(weight),
         bias(bias) {
     draws = a.u.data || a.dsigma;
-    // Whole steps of use_row_*: of 2 * V::kLanes columns, which no instruction set has more of
-    // than 64.
+    // Whole steps of write_tile and back_tile: of 2 * V::kLanes columns, 64 at most.
     const DType data = a.x.dtype, other = a.u.data ? a.u.dtype : a.du.dtype;
-    in_registers = V::kLanes > 1 && sizeof(C) == 4 && draws && groups.phase == 0 && k % 64 == 0 &&
+    in_registers = kInRegisters<C> && draws && groups.phase == 0 && k % 64 == 0 &&
                    (data == DType::kFloat32 || data == DType::kBFloat16) &&
                    (other == data || (data == DType::kFloat32 && other == DType::kBFloat16)) &&
                    (!a.dx.data || a.dx.dtype == data);
-    streams = in_registers && a.u.data && other == DType::kFloat32 &&
-              a.rows * k * 4 >= kStreamBytes && a.u.outer_stride % 16 == 0 &&
-              reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
+    streams = in_registers && streams_to(a.u, a.rows * k) && a.u.outer_stride % 16 == 0;
     // Tiles of one row draw faster, unless too much of their vectors is for nothing.
     const int64_t drawn = ceil_div(groups.count, V::kLanes) * V::kLanes;
     row_tiles = 10 * drawn <= 11 * groups.count;
@@ -318,7 +315,7 @@ struct Norm {
                       col_end = smaller(k, 8 * (g + here) - groups.phase);
         const Segment s{row, col, static_cast<int>(col_end - col)};
         if (in_registers) {
-          if constexpr (V::kLanes > 1 && sizeof(C) == 4)
+          if constexpr (kInRegisters<C>)
             segment_in_registers(s, r, polar, 4 * done, 4 * (done + here), sums);
         } else {
           const float* z_of = z + 8 * done + (col + groups.phase - 8 * g);

@@ -7,34 +7,26 @@
 namespace dip {
 namespace {
 
-// ---- a run: n elements that lie side by side ----------------------------------------------------
-
 template <class C>
 struct Job {
-  static constexpr bool draws = true, prefetches_ahead = false;
+  static constexpr bool draws = true;
   const PerturbArgs& args;
-  bool dense, in_registers, streams, prefetches_u;
+  bool dense, in_registers, streams;
   DType dtype;  // of what a tile in registers reads and writes
 
   explicit Job(const PerturbArgs& a) : args(a) {
-    const auto follows = [&](const Operand& o) {
-      return !o.data || (a.inner == 1 ? o.outer_stride == a.features : o.feature_stride == a.inner);
-    };
-    dense = follows(a.x) && follows(a.u) && follows(a.z) && follows(a.du);
+    dense = is_dense(a, a.x) && is_dense(a, a.u) && is_dense(a, a.z) && is_dense(a, a.du);
     dtype = a.u.data ? a.u.dtype : a.z.data ? a.z.dtype : a.du.dtype;
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
-    in_registers = a.inner == 1 && dense && (a.x.data || !a.u.data) && same(a.x) && same(a.z) &&
-                   same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && a.u.data && !a.z.data &&
-              !a.dsigma && dtype == DType::kFloat32 && a.outer * a.features * 4 >= kStreamBytes &&
-              reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
-    // in bfloat16 half as many bytes come in time by themselves
-    prefetches_u = !streams && !(in_registers && dtype == DType::kBFloat16);
+    in_registers = kInRegisters<C> && a.inner == 1 && dense && (a.x.data || !a.u.data) &&
+                   same(a.x) && same(a.z) && same(a.du) &&
+                   (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+    streams = in_registers && !a.z.data && !a.dsigma && streams_to(a.u, a.outer * a.features);
   }
 
-  void prefetch(const Place& p, int n) const {
+  DIP_HD void prefetch(const Place& p, int n) const {
     prefetch_run<0>(args.x, p.at(args.x), n);
-    if (prefetches_u) prefetch_run<1>(args.u, p.at(args.u), n);
+    prefetch_run<1>(args.u, p.at(args.u), n);
     prefetch_run<0>(args.du, p.at(args.du), n);
   }
 

@@ -23,13 +23,18 @@ struct Place {
   }
 };
 
+// Whether rows follow one another; in channels, the planes of an image.
+template <class Args>
+bool is_dense(const Args& a, const Operand& o) {
+  return !o.data || (a.inner == 1 ? o.outer_stride == a.features : o.feature_stride == a.inner);
+}
+
 // A job of the compute type C has
-//   bool dense          rows of all its operands follow one another; in channels, planes do
+//   bool dense          all its operands are (is_dense)
 //   bool in_registers   a whole tile of dense rows is for tile()
 //   bool streams        tile() writes past the caches
-//   bool prefetches_ahead   tile() asks for the next one's lines itself
 //   bool draws          z is wanted; else run() is given none
-//   void prefetch(place, n)
+//   void prefetch(place, n)   in channels; DIP_HD, as g++ drops calls of what does nothing else
 //   void run<kChannel>(place, n, scale, acc, z)   n <= kTile elements that lie side by side, of one
 //                                                 feature if kChannel
 //   void tile(place, polar, scale, acc)           kTile elements of dense rows
@@ -83,68 +88,80 @@ struct Rows {
 
   // Items are groups counted through the rows; [begin, end). acc: [k + kTile], or null.
   void walk(int64_t begin, int64_t end, C* acc, double* sum) const {
+    if (linear) walk_tiles(begin, end, acc, sum);
+    else walk_rows(begin, end, acc, sum);
+    if (job.streams) One::end_stream();
+  }
+
+  // Every tile is one run, of rows one behind the other.
+  void walk_tiles(int64_t begin, int64_t end, C* acc, double* sum) const {
     alignas(64) float z[kTile + 8];  // close_gaps reads eight at a time
     Counters counters;
-    const int64_t count_of_row = groups.count, phase = groups.phase;
-    // In float32 an entry of acc takes 32 terms, one from each tile or from each row; then they go
-    // to double.
-    const int64_t flush_every = linear ? larger(32, count_of_row * 32 / kTileGroups) : 32;
-    int64_t terms = 0;
-    const auto flush = [&] {
-      for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
-      for (int64_t j = 0, col = 0; linear && j < kTile; ++j, col = col + 1 == k ? 0 : col + 1)
-        sum[col] += acc[k + j];
-      std::memset(acc, 0, sizeof(C) * static_cast<size_t>(linear ? k + kTile : k));
-      terms = 0;
-    };
-    const int64_t tile_rows = kTileGroups / count_of_row, tile_groups = kTileGroups % count_of_row;
-    int64_t row = begin / count_of_row, g = begin % count_of_row;
+    // In float32 an entry of acc takes 32 terms, one from each tile or, where rows are longer, from
+    // each row; then they go to double.
+    const int64_t flush_every = larger(32, groups.count * 32 / kTileGroups);
+    const int64_t tile_rows = kTileGroups / groups.count, tile_groups = kTileGroups % groups.count;
+    int64_t row = begin / groups.count, g = begin % groups.count, terms = 0;
     for (int64_t item = begin; item < end; item += kTileGroups) {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
-      const Place place{row, larger(0, 8 * g - phase), 0};
-      if (linear && !gaps && (item == begin || !job.prefetches_ahead))
-        job.prefetch(place, 8 * count);
+      const Place place{row, larger(0, 8 * g - groups.phase), 0};
+      C* at = acc ? acc + place.feature : nullptr;
+      const C* scale = pass.scale + place.feature;
       if (job.draws) groups.fill(counters, row, g, count);
-      const bool in_registers =
-          V::kLanes > 1 && sizeof(C) == 4 && job.in_registers && !gaps && count == kTileGroups;
-      if (job.draws && !in_registers) normal_tile<false>(counters, pass.generator, count, z);
-      if (linear) {
-        const int n = gaps ? close_gaps(g, count, z) : 8 * count;
-        C* at = acc ? acc + place.feature : nullptr;
-        const C* scale = pass.scale + place.feature;
-        if (in_registers) {
-          if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
-            Polar polar;
-            draw_polar<false>(counters, pass.generator, kTileGroups, &polar);
-            job.tile(place, polar, scale, at);
-          }
-        } else if (n == kTile) {
-          job.template run<false>(place, kTile, scale, at, z);
-        } else {
-          job.template run<false>(place, n, scale, at, z);
+      if (job.in_registers && !gaps && count == kTileGroups) {
+        if constexpr (kInRegisters<C>) {
+          Polar polar;
+          draw_polar<false>(counters, pass.generator, kTileGroups, &polar);
+          job.tile(place, polar, scale, at);
         }
-        row += tile_rows;
-        g += tile_groups;
-        if (g >= count_of_row) g -= count_of_row, ++row;
-        if (acc && ++terms == flush_every) flush();
       } else {
-        for (int done = 0; done < count;) {
-          const int64_t here = smaller(count - done, count_of_row - g);
-          const int64_t col = larger(0, 8 * g - phase),
-                        col_end = smaller(k, 8 * (g + here) - phase);
-          job.template run<false>(
-              Place{row, col, 0}, static_cast<int>(col_end - col), pass.scale + col,
-              acc ? acc + col : nullptr, z + 8 * done + (col + phase - 8 * g));
-          done += static_cast<int>(here);
-          g += here;
-          if (g < count_of_row) continue;
-          g = 0, ++row;
-          if (acc && ++terms == flush_every) flush();
-        }
+        if (job.draws) normal_tile<false>(counters, pass.generator, count, z);
+        const int n = gaps ? close_gaps(g, count, z) : 8 * count;
+        if (n == kTile) job.template run<false>(place, kTile, scale, at, z);  // a known length
+        else job.template run<false>(place, n, scale, at, z);
+      }
+      row += tile_rows;
+      g += tile_groups;
+      if (g >= groups.count) g -= groups.count, ++row;
+      if (acc && ++terms == flush_every) flush(k + kTile, acc, sum), terms = 0;
+    }
+    if (acc) flush(k + kTile, acc, sum);
+  }
+
+  // A tile's part of a row is a run.
+  void walk_rows(int64_t begin, int64_t end, C* acc, double* sum) const {
+    alignas(64) float z[kTile];
+    Counters counters;
+    int64_t row = begin / groups.count, g = begin % groups.count;
+    int terms = 0;  // of an entry of acc, in float32
+    for (int64_t item = begin; item < end; item += kTileGroups) {
+      const int count = static_cast<int>(smaller(kTileGroups, end - item));
+      if (job.draws) {
+        groups.fill(counters, row, g, count);
+        normal_tile<false>(counters, pass.generator, count, z);
+      }
+      for (int done = 0; done < count;) {
+        const int here = static_cast<int>(smaller(count - done, groups.count - g));
+        const int64_t col = larger(0, 8 * g - groups.phase),
+                      col_end = smaller(k, 8 * (g + here) - groups.phase);
+        job.template run<false>(
+            Place{row, col, 0}, static_cast<int>(col_end - col), pass.scale + col,
+            acc ? acc + col : nullptr, z + 8 * done + (col + groups.phase - 8 * g));
+        done += here;
+        g += here;
+        if (g < groups.count) continue;
+        g = 0, ++row;
+        if (acc && ++terms == 32) flush(k, acc, sum), terms = 0;
       }
     }
-    if (acc) flush();
-    if (job.streams) One::end_stream();
+    if (acc) flush(k, acc, sum);
+  }
+
+  // acc: of n numbers, those from k on of the columns from 0 on again.
+  void flush(int64_t n, C* acc, double* sum) const {
+    for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
+    for (int64_t j = k, col = 0; j < n; ++j, col = col + 1 == k ? 0 : col + 1) sum[col] += acc[j];
+    std::memset(acc, 0, sizeof(C) * static_cast<size_t>(n));
   }
 };
 
@@ -168,9 +185,7 @@ struct Channels {
   const Job& job;
   Groups groups;
   int64_t rows;
-  // Planes are short and follow one another: those of a group are one run, and a tile is of whole
-  // images.
-  bool linear;
+  int width;  // rows that are added up at a time: an image's, where a tile is of whole ones
   int tile_rows;
 
   Channels(const Pass<C>& pass, const Job& job)
@@ -178,84 +193,103 @@ struct Channels {
         job(job),
         groups(pass.draw, pass.space.features),
         rows(pass.space.outer * pass.space.inner),
-        linear(is_linear(pass.space, job)),
+        width(width_of(pass.space, job)),
         tile_rows(rows_of_tile(pass.space, job)) {}
 
-  static bool is_linear(const Space& s, const Job& job) {
-    return job.dense && s.inner <= kTileGroups / 2;
+  static int width_of(const Space& s, const Job& job) {
+    return job.dense && s.inner <= kTileGroups / 2 ? static_cast<int>(s.inner) : kTileGroups;
   }
   static int rows_of_tile(const Space& s, const Job& job) {
-    return is_linear(s, job) ? static_cast<int>(kTileGroups / s.inner * s.inner) : kTileGroups;
+    return kTileGroups / width_of(s, job) * width_of(s, job);
   }
 
-  // Rows [begin, end) of the 8 channels of group g, from the first of a tile on. sum: [8], or null.
-  void walk(int64_t g, int64_t begin, int64_t end, double* sum) const {
-    const Space& s = pass.space;
-    alignas(64) float z[kTile + 16];  // gather reads 16 at a time
-    alignas(64) C acc[kTile] = {};
+  // A group's channels that are inside, and what the walk through their rows has at hand.
+  struct Group {
+    int64_t channel;     // the first one
+    int skipped, count;  // how many before it are outside; how many are inside
+    double* sum;         // [features], or null
+    int terms = 0;       // of an entry of acc, in float32
     Counters counters;
-    for (int i = 0; i < kTileGroups; ++i)
-      counters.group[i] = static_cast<uint32_t>(groups.first + g);
-    const int64_t first_channel = 8 * g - groups.phase;
-    const int from = static_cast<int>(larger(0, -first_channel)),
-              to = static_cast<int>(smaller(8, s.features - first_channel));
-    const int width = linear ? static_cast<int>(s.inner) : kTileGroups;  // of a channel in acc
-    const int length = (to - from) * width;                              // of a linear run
-    alignas(64) C scale[kTile / 2];
-    for (int t = 0; linear && t < to - from; ++t)
-      for (int i = 0; i < width; ++i) scale[width * t + i] = pass.scale[first_channel + from + t];
-    int terms = 0;  // of an entry of acc, in float32
-    const auto flush = [&] {
-      for (int t = from; t < to; ++t) sum[t] += sum_in_lanes(acc + width * (t - from), width);
-      std::memset(acc, 0, sizeof(C) * static_cast<size_t>(length));
-      terms = 0;
-    };
+  };
+
+  // Rows [begin, end) of the channels of group g, from the first of a tile on. sum: as Group's.
+  void walk(int64_t g, int64_t begin, int64_t end, double* sum) const {
+    const int64_t first = 8 * g - groups.phase;
+    Group group;
+    group.channel = larger(0, first);
+    group.skipped = static_cast<int>(group.channel - first);
+    group.count = static_cast<int>(smaller(pass.space.features, first + 8) - group.channel);
+    group.sum = sum;
+    for (uint32_t& id : group.counters.group) id = static_cast<uint32_t>(groups.first + g);
+    if (width < kTileGroups) walk_images(group, begin, end);
+    else walk_planes(group, begin, end);
+  }
+
+  // Planes are short and follow one another: those of an image are one run.
+  void walk_images(Group& group, int64_t begin, int64_t end) const {
+    alignas(64) float z[kTile + 16];  // gather reads 16 at a time
+    alignas(64) C acc[kTile / 2], scale[kTile / 2];
+    const int length = group.count * width;
+    if (group.sum) std::memset(acc, 0, sizeof acc);
+    for (int t = 0; t < group.count; ++t)
+      for (int i = 0; i < width; ++i) scale[width * t + i] = pass.scale[group.channel + t];
+    for (int64_t row = begin; row < end; row += tile_rows) {
+      const int images = static_cast<int>(smaller(tile_rows, end - row)) / width;
+      const int64_t image = row / width;
+      fill(group.counters, row);
+      const auto place = [&](int i) { return Place{image + i, group.channel, 0}; };
+      for (int i = 0; i < images; ++i) job.prefetch(place(i), length);
+      if (job.draws) normal_tile<true>(group.counters, pass.generator, images * width, z);
+      for (int i = 0; i < images; ++i) {
+        alignas(64) float together[kTile / 2 + 16];
+        if (job.draws)
+          gather(z + kTileGroups * group.skipped + width * i, group.count, width, together);
+        job.template run<false>(place(i), length, scale, group.sum ? acc : nullptr, together);
+        if (group.sum && ++group.terms == 32) flush(group, acc);
+      }
+    }
+    if (group.sum) flush(group, acc);
+  }
+
+  // A tile's part of a plane is a run, or several where images end in it.
+  void walk_planes(Group& group, int64_t begin, int64_t end) const {
+    alignas(64) float z[kTile];
+    alignas(64) C acc[kTile];
+    const int64_t inner = pass.space.inner;
+    if (group.sum) std::memset(acc, 0, sizeof acc);
     for (int64_t row = begin; row < end; row += tile_rows) {
       const int n = static_cast<int>(smaller(tile_rows, end - row));
-      for (int i = 0; i < kTileGroups; ++i) {
-        const uint64_t r = static_cast<uint64_t>(pass.draw.row0 + row + i);
-        counters.row_lo[i] = static_cast<uint32_t>(r);
-        counters.row_hi[i] = static_cast<uint32_t>(r >> 32);
-      }
-      const int64_t image = row / s.inner, pixel = row % s.inner;
-      const int first_run = static_cast<int>(smaller(n, s.inner - pixel));
+      const int64_t image = row / inner, pixel = row % inner;
+      fill(group.counters, row);
       // Planes far apart: a processor's own prefetching does not follow, and waits longest for what
       // is to be written.
-      if (linear) {
-        for (int i = 0; i < n / width; ++i)
-          job.prefetch(Place{image + i, first_channel + from, 0}, length);
-      } else {
-        for (int t = from; t < to; ++t)
-          job.prefetch(Place{image, first_channel + t, pixel}, first_run);
-      }
-      if (job.draws) normal_tile<true>(counters, pass.generator, n, z);
-      if (linear) {
-        for (int i = 0; i < n / width; ++i) {
-          alignas(64) float together[kTile / 2 + 16];
-          if (job.draws) gather(z + kTileGroups * from + width * i, to - from, width, together);
-          job.template run<false>(
-              Place{image + i, first_channel + from, 0}, length, scale, sum ? acc : nullptr,
-              together);
-          if (sum && ++terms == 32) flush();
-        }
-        continue;
-      }
-      for (int t = from; t < to; ++t) {
-        const int64_t channel = first_channel + t;
-        int64_t outer = image, inner = pixel;
+      for (int t = 0; t < group.count; ++t)
+        job.prefetch(
+            Place{image, group.channel + t, pixel}, static_cast<int>(smaller(n, inner - pixel)));
+      if (job.draws) normal_tile<true>(group.counters, pass.generator, n, z);
+      for (int t = 0; t < group.count; ++t) {
+        Place place{image, group.channel + t, pixel};
         for (int done = 0; done < n;) {
-          const int here = static_cast<int>(smaller(n - done, s.inner - inner));
+          const int here = static_cast<int>(smaller(n - done, inner - place.inner));
           job.template run<true>(
-              Place{outer, channel, inner}, here, pass.scale + channel,
-              sum ? acc + kTileGroups * (t - from) + done : nullptr, z + kTileGroups * t + done);
+              place, here, pass.scale + place.feature, group.sum ? acc + width * t + done : nullptr,
+              z + kTileGroups * (group.skipped + t) + done);
           done += here;
-          inner = 0;
-          ++outer;
+          place = {place.outer + 1, place.feature, 0};
         }
       }
-      if (sum && ++terms == 32) flush();
+      if (group.sum && ++group.terms == 32) flush(group, acc);
     }
-    if (sum) flush();
+    if (group.sum) flush(group, acc);
+  }
+
+  // Rows of a tile.
+  void fill(Counters& counters, int64_t row) const {
+    for (int i = 0; i < kTileGroups; ++i) {
+      const uint64_t r = static_cast<uint64_t>(pass.draw.row0 + row + i);
+      counters.row_lo[i] = static_cast<uint32_t>(r);
+      counters.row_hi[i] = static_cast<uint32_t>(r >> 32);
+    }
   }
 
   // to: `count` pieces of n numbers each, from z on and kTileGroups apart, one behind the other.
@@ -264,11 +298,19 @@ struct Channels {
       for (int i = 0; i < n; i += 16)  // the next piece covers what is too much
         std::memcpy(to + n * t + i, z + kTileGroups * t + i, 16 * sizeof(float));
   }
+
+  // acc: [count, width]
+  void flush(Group& group, C* acc) const {
+    for (int t = 0; t < group.count; ++t)
+      group.sum[group.channel + t] += sum_in_lanes(acc + width * t, width);
+    std::memset(acc, 0, sizeof(C) * static_cast<size_t>(group.count * width));
+    group.terms = 0;
+  }
 };
 
 // ---- the two-stage sum --------------------------------------------------------------------------
 
-// partials: [blocks, width] double; the blocks depend on the sizes and the layout alone, so that
+// partials: [blocks, features] double; the blocks depend on the sizes and the layout alone, so that
 // the sum does not depend on the threads.
 template <class C, class Job>
 const char* sum_rows(
@@ -299,16 +341,13 @@ void sum_channels(
     const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials,
     const Blocks& blocks) {
   const Channels<C, Job> channels(pass, job);
-  const int64_t k = pass.space.features, groups = channels.groups.count;
+  const int64_t groups = channels.groups.count;
   run_parallel(parallel_for, blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / groups, g = i % groups;
-      double sum[8] = {};
-      channels.walk(g, b * blocks.rows, smaller(channels.rows, (b + 1) * blocks.rows), sum);
-      for (int64_t t = 0; t < 8; ++t) {
-        const int64_t channel = 8 * g + t - channels.groups.phase;
-        if (channel >= 0 && channel < k) partials[b * k + channel] = sum[t];
-      }
+      const int64_t b = i / groups;
+      channels.walk(
+          i % groups, b * blocks.rows, smaller(channels.rows, (b + 1) * blocks.rows),
+          partials + b * pass.space.features);
     }
   });
 }
