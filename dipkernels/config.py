@@ -514,7 +514,10 @@ def load(
         try:
             load_variances(model, without_prompt_encoder(model, state))
         except ValueError as error:
-            raise ValueError(f"{Path(folder, VARIANCES_FILE)}: {error}") from error
+            raise ValueError(
+                f"{Path(folder, VARIANCES_FILE)}: {error}. If a part of the model was converted by "
+                "itself, convert that part of this one as then, and load again"
+            ) from error
         remember_config(model, config)
     return model
 

@@ -183,6 +183,19 @@ def test_parts_with_configs_that_differ_have_no_config_together(tmp_path):
     assert dip.config_of(model).kl == 0.2
 
 
+def test_a_folder_of_a_model_with_one_converted_part_loads_where_that_part_is_converted(tmp_path):
+    model, same = (nn.Sequential(net(), nn.Linear(4, 2)) for _ in range(2))
+    dip.apply(model[0], dip.DIPConfig(ratio=0.3), [X])
+    dip.save(model, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"got none for \['1\.variance.* convert that part of this"
+    ):
+        dip.load(same, tmp_path)
+    assert not dip_layers(same)
+    dip.apply(same[0], dip.DIPConfig.load(tmp_path), [X])
+    assert_same_variances(dip.load(same, tmp_path), model)
+
+
 def test_layers_that_share_a_variance_take_one_ratio():
     class Pair(nn.Module):
         def __init__(self):
