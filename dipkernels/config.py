@@ -309,8 +309,8 @@ def calibrate_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) ->
     if not isinstance(ratio, Mapping):
         calibrate(model, batches, ratio, per=config.per, start=config.start)
         return
-    patterns = Patterns("ratio", ratio)
-    found = {name: patterns.first(name) for name in dip_layers(model)}
+    patterns, layers = Patterns("ratio", ratio), dip_layers(model)
+    found = {name: patterns.first(name) for name in layers}
     patterns.require_used(found, "a DIP layer's name")
     without = [name for name, p in found.items() if p is None]
     if without:
@@ -318,7 +318,6 @@ def calibrate_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) ->
             f"ratio: expected a pattern for every layer, got none that matches {without}; end with "
             "'*'"
         )
-    layers = dip_layers(model)
     ratios = {name: ratio[p] for name, p in found.items() if p is not None}
     of_variance: dict[Variance, list[str]] = {}  # layers may share one
     for name, layer in layers.items():
@@ -366,7 +365,7 @@ def config_of(model: nn.Module) -> DIPConfig | None:
     if any(config != first for config in found.values()):
         raise ValueError(
             f"model: expected one config for all of it, got several that differ, of {list(found)}; "
-            "apply one to the whole, or train and save each part by itself"
+            "apply one to the whole after dip.to_plain, or train and save each part by itself"
         )
     return first
 
@@ -415,9 +414,11 @@ def _plain_again(model: nn.Module) -> Any:
 
 
 def remember_config(model: nn.Module, config: DIPConfig) -> None:
-    """From now on `config_of` the model is this one; a model of PEFT carries its variances with its
-    adapters."""
-    vars(model)[CONFIG] = config
+    """From now on `config_of` the model is this one, and of its parts that had another; a model of
+    PEFT carries its variances with its adapters."""
+    for module in model.modules():
+        if module is model or CONFIG in vars(module):
+            vars(module)[CONFIG] = config
     if is_peft(model):
         from .integrations.peft import keep_variances
 

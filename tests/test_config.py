@@ -183,6 +183,15 @@ def test_parts_with_configs_that_differ_have_no_config_together(tmp_path):
     assert dip.config_of(model).kl == 0.2
 
 
+def test_what_a_folder_sets_in_a_model_of_parts_is_of_its_config(tmp_path):
+    saved, model = (nn.Sequential(net(), nn.Linear(4, 2)) for _ in range(2))
+    dip.apply(saved[0], dip.DIPConfig(ratio=0.3, kl=0.2), [X])
+    dip.save(saved, tmp_path)
+    dip.apply(model[0], dip.DIPConfig(ratio=0.3, kl=0.1), [X])
+    dip.load(model, tmp_path)
+    assert dip.config_of(model).kl == dip.config_of(model[0]).kl == 0.2
+
+
 def test_a_folder_of_a_model_with_one_converted_part_loads_where_that_part_is_converted(tmp_path):
     model, same = (nn.Sequential(net(), nn.Linear(4, 2)) for _ in range(2))
     dip.apply(model[0], dip.DIPConfig(ratio=0.3), [X])
