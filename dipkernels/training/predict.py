@@ -219,7 +219,7 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
             "dim=1 for a map [B, K, H, W], dim=-1 where the classes come last"
         )
     found = -1 if dim is None else dim
-    if ndim == 1 and shape[0] > 1 and dim is None:
+    if ndim == 1 and shape[0] > 1:
         raise ValueError(
             f"average: expected 'sigmoid' (one logit for each example) or 'logits' for an output "
             f"of shape {shape}, got 'probs'; or x[None], of one example alone"
