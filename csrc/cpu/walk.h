@@ -88,80 +88,65 @@ struct Rows {
 
   // Items are groups counted through the rows; [begin, end). acc: [k + kTile], or null.
   void walk(int64_t begin, int64_t end, C* acc, double* sum) const {
-    if (linear) walk_tiles(begin, end, acc, sum);
-    else walk_rows(begin, end, acc, sum);
-    if (job.streams) One::end_stream();
-  }
-
-  // Every tile is one run, of rows one behind the other.
-  void walk_tiles(int64_t begin, int64_t end, C* acc, double* sum) const {
     alignas(64) float z[kTile + 8];  // close_gaps reads eight at a time
     Counters counters;
-    // In float32 an entry of acc takes 32 terms, one from each tile or, where rows are longer, from
-    // each row; then they go to double.
-    const int64_t flush_every = larger(32, groups.count * 32 / kTileGroups);
-    const int64_t tile_rows = kTileGroups / groups.count, tile_groups = kTileGroups % groups.count;
-    int64_t row = begin / groups.count, g = begin % groups.count, terms = 0;
+    const int64_t count_of_row = groups.count, phase = groups.phase;
+    // In float32 an entry of acc takes 32 terms, one from each tile or from each row; then they go
+    // to double.
+    const int64_t flush_every = linear ? larger(32, count_of_row * 32 / kTileGroups) : 32;
+    int64_t terms = 0;
+    const auto flush = [&] {
+      for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
+      for (int64_t j = 0, col = 0; linear && j < kTile; ++j, col = col + 1 == k ? 0 : col + 1)
+        sum[col] += acc[k + j];
+      std::memset(acc, 0, sizeof(C) * static_cast<size_t>(linear ? k + kTile : k));
+      terms = 0;
+    };
+    const int64_t tile_rows = kTileGroups / count_of_row, tile_groups = kTileGroups % count_of_row;
+    int64_t row = begin / count_of_row, g = begin % count_of_row;
     for (int64_t item = begin; item < end; item += kTileGroups) {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
-      const Place place{row, larger(0, 8 * g - groups.phase), 0};
-      C* at = acc ? acc + place.feature : nullptr;
-      const C* scale = pass.scale + place.feature;
+      const Place place{row, larger(0, 8 * g - phase), 0};
       if (job.draws) groups.fill(counters, row, g, count);
-      if (job.in_registers && !gaps && count == kTileGroups) {
-        if constexpr (kInRegisters<C>) {
-          Polar polar;
-          draw_polar<false>(counters, pass.generator, kTileGroups, &polar);
-          job.tile(place, polar, scale, at);
-        }
-      } else {
-        if (job.draws) normal_tile<false>(counters, pass.generator, count, z);
+      const bool in_registers = job.in_registers && !gaps && count == kTileGroups;
+      if (job.draws && !in_registers) normal_tile<false>(counters, pass.generator, count, z);
+      if (linear) {
         const int n = gaps ? close_gaps(g, count, z) : 8 * count;
-        if (n == kTile) job.template run<false>(place, kTile, scale, at, z);  // a known length
-        else job.template run<false>(place, n, scale, at, z);
-      }
-      row += tile_rows;
-      g += tile_groups;
-      if (g >= groups.count) g -= groups.count, ++row;
-      if (acc && ++terms == flush_every) flush(k + kTile, acc, sum), terms = 0;
-    }
-    if (acc) flush(k + kTile, acc, sum);
-  }
-
-  // A tile's part of a row is a run.
-  void walk_rows(int64_t begin, int64_t end, C* acc, double* sum) const {
-    alignas(64) float z[kTile];
-    Counters counters;
-    int64_t row = begin / groups.count, g = begin % groups.count;
-    int terms = 0;  // of an entry of acc, in float32
-    for (int64_t item = begin; item < end; item += kTileGroups) {
-      const int count = static_cast<int>(smaller(kTileGroups, end - item));
-      if (job.draws) {
-        groups.fill(counters, row, g, count);
-        normal_tile<false>(counters, pass.generator, count, z);
-      }
-      for (int done = 0; done < count;) {
-        const int here = static_cast<int>(smaller(count - done, groups.count - g));
-        const int64_t col = larger(0, 8 * g - groups.phase),
-                      col_end = smaller(k, 8 * (g + here) - groups.phase);
-        job.template run<false>(
-            Place{row, col, 0}, static_cast<int>(col_end - col), pass.scale + col,
-            acc ? acc + col : nullptr, z + 8 * done + (col + groups.phase - 8 * g));
-        done += here;
-        g += here;
-        if (g < groups.count) continue;
-        g = 0, ++row;
-        if (acc && ++terms == 32) flush(k, acc, sum), terms = 0;
+        C* at = acc ? acc + place.feature : nullptr;
+        const C* scale = pass.scale + place.feature;
+        if (in_registers) {
+          if constexpr (kInRegisters<C>) {
+            Polar polar;
+            draw_polar<false>(counters, pass.generator, kTileGroups, &polar);
+            job.tile(place, polar, scale, at);
+          }
+        } else if (n == kTile) {
+          job.template run<false>(place, kTile, scale, at, z);
+        } else {
+          job.template run<false>(place, n, scale, at, z);
+        }
+        row += tile_rows;
+        g += tile_groups;
+        if (g >= count_of_row) g -= count_of_row, ++row;
+        if (acc && ++terms == flush_every) flush();
+      } else {
+        for (int done = 0; done < count;) {
+          const int64_t here = smaller(count - done, count_of_row - g);
+          const int64_t col = larger(0, 8 * g - phase),
+                        col_end = smaller(k, 8 * (g + here) - phase);
+          job.template run<false>(
+              Place{row, col, 0}, static_cast<int>(col_end - col), pass.scale + col,
+              acc ? acc + col : nullptr, z + 8 * done + (col + phase - 8 * g));
+          done += static_cast<int>(here);
+          g += here;
+          if (g < count_of_row) continue;
+          g = 0, ++row;
+          if (acc && ++terms == flush_every) flush();
+        }
       }
     }
-    if (acc) flush(k, acc, sum);
-  }
-
-  // acc: of n numbers, those from k on of the columns from 0 on again.
-  void flush(int64_t n, C* acc, double* sum) const {
-    for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
-    for (int64_t j = k, col = 0; j < n; ++j, col = col + 1 == k ? 0 : col + 1) sum[col] += acc[j];
-    std::memset(acc, 0, sizeof(C) * static_cast<size_t>(n));
+    if (acc) flush();
+    if (job.streams) One::end_stream();
   }
 };
 
