@@ -254,8 +254,14 @@ def test_a_state_of_no_tensors_is_named():
     model = dip.convert(network())
     state = dip.variances(model)
     for given, kind in (
-        ({name: values.numpy() for name, values in state.items()}, "dense .*tensors.*ndarray"),
-        ({name: values.tolist() for name, values in state.items()}, "dense .*tensors.*list"),
+        (
+            {name: values.numpy() for name, values in state.items()},
+            "dense floating tensors with values.*ndarray",
+        ),
+        (
+            {name: values.tolist() for name, values in state.items()},
+            "dense floating tensors with values.*list",
+        ),
         ({name: values.cfloat() for name, values in state.items()}, "dense floating.*complex64"),
         ({name: values.bool() for name, values in state.items()}, "dense floating.*torch.bool"),
         ({name: values.to("meta") for name, values in state.items()}, "dense.*the meta device"),
