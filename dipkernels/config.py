@@ -62,8 +62,8 @@ class DIPConfig:
         k: Number of passes of a prediction, >= 0; 0 is the plain network.
         average: What a prediction averages: "probs", "sigmoid" or "logits".
         key: The key of the noise in training: step i takes key + i. None draws from torch's
-            generator, as a network wants that calls one layer several times in a pass (a recurrent
-            cell): under a key the layer repeats its noise in each call.
+            generator. Use None for a network that calls one layer several times in a pass (a
+            recurrent cell): under a key the layer repeats its noise in each call.
 
     Raises:
         ValueError, TypeError: A value outside these, which the message names.

@@ -61,9 +61,9 @@ def calibrate(
     spreads (standard deviations) of its input features. per="feature": sigma_j = ratio * the spread
     of feature j itself.
 
-    Where the first layer that the batches reach sees fewer than 64 values of an example, and in a
-    model of more than 4 DIP layers, the pull to the prior is weaker, and in the first case sigma
-    starts below the prior's unless a ratio or a start is given (docs/guides/variance.md).
+    The pull to the prior is weaker in a model of more than 4 DIP layers, and if the first layer
+    that the batches reach sees fewer than 64 values of an example. In the second case sigma also
+    starts below the prior's, unless a ratio or a start is given (docs/guides/variance.md).
 
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is

@@ -69,9 +69,9 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     zero_grad, looks at the gradients. `check(model, batch)` runs a training step of its own on the
     batch and sees which layers are called. Both find layers that were replaced after `convert`
     (quantisation-aware training, a new head), layers that are called only in eval mode, and weights
-    that are read without calling their layer (fused losses). Where a KL term is in the loss, which
-    gives every variance a gradient, only `check(model, batch)` finds this of frozen weights, and of
-    those with very small gradients (an attention's queries and keys at its start).
+    that are read without calling their layer (fused losses). A KL term in the loss gives every
+    variance a gradient. Then only `check(model, batch)` finds such reads of frozen weights, and of
+    weights with very small gradients (an attention's queries and keys at its start).
 
     Args:
         model: A model with DIP layers, wrapped or not. For `check(model, batch)` it must not be

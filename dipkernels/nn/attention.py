@@ -43,8 +43,8 @@ class DIPInProjection(DIPInput):
 
 
 class DIPMultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention whose query, key and value, and the input of whose out-projection, are
-    noised in training.
+    """nn.MultiheadAttention with noise in training: on query, key and value, and on the input of
+    the out-projection.
 
     q = W_q (query + sigma * z), and the same for k and v; y = W_o (heads + sigma_o * z) + b_o. In
     eval mode it is nn.MultiheadAttention itself, its fast path included. Call it like

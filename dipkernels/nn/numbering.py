@@ -47,10 +47,10 @@ def number_layers(model: Model) -> Model:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i
     under fixed_noise.
 
-    `convert` calls this. Call it yourself for a model built by hand, whose noise otherwise depends
-    on what was built before it, and for a model joined from models that were converted apart, or
-    from deep-copied layers, which otherwise have the same noise (docs/guides/reproducibility.md).
-    Layers that share one draw have one number; if the one that owns their variance has left the
+    `convert` calls this. Call it yourself for a model built by hand: otherwise its noise depends on
+    what was built before it. Call it too for a model joined from models that were converted apart,
+    or from deep-copied layers: otherwise they have the same noise (docs/guides/reproducibility.md).
+    Layers that share one draw have one number. If the one that owns their variance has left the
     model, the next one owns it.
 
     Args:

@@ -239,10 +239,10 @@ def smoothness(out: Tensor) -> Tensor:
 def energy_score(out: Tensor, target: Tensor) -> Tensor:
     """mean_s |out_s - target| - 1/2 mean_{s != t} |out_s - out_t|, averaged over the batch.
 
-    A loss for regression, in place of the mean squared one of `objective`: it is least where the
-    trajectories are draws from the distribution of the target, from which
-    `predict(model, x, k=..., average=None)` then draws. Of one number for each example it is the
-    CRPS. Add `kl_penalty(model)` for the pull to the prior, and start at the whole spread,
+    A loss for regression, in place of the mean squared one of `objective`. It is least if the
+    trajectories are draws from the distribution of the target. Then
+    `predict(model, x, k=..., average=None)` draws from it. For one number for each example it is
+    the CRPS. Add `kl_penalty(model)` for the pull to the prior, and start at the whole spread,
     `calibrate(model, batches, ratio=1)`.
 
     Args:
