@@ -1,12 +1,14 @@
 """Training steps of whole models over the plain model's:
 
     python benchmarks/models.py [--docs] [--clock processor]
+    python benchmarks/models.py --compiled [--docs]
 
 Forward, loss, backward and AdamW, in turns within one process. Noise in front of every layer
 ("dip"), in the norm or activation that makes a layer's input where that can be ("dip, producer":
 convert(place="producer")), and by the eager one-liner, also under torch.compile ("eager",
-"eager, compiled"). --clock processor: one thread, and the time that it ran, for a machine that is
-never quiet.
+"eager, compiled"). --compiled: all of them, the plain model too, under torch.compile, which gets a
+block that repeats once. --clock processor: one thread, and the time that it ran, for a machine that
+is never quiet.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from tqdm import tqdm
 import dipkernels as dip
 
 VARIANTS = ("linear", "dip", "dip, producer", "eager", "eager, compiled")
+COMPILED = tuple(f"{name}, compiled" for name in VARIANTS[:4])
 
 
 def _llama() -> nn.Module:
@@ -52,10 +55,11 @@ QUICK = networks.MODELS["quick"]
 
 def build(variant: str, plain: nn.Module, x: torch.Tensor) -> nn.Module:
     """The model of a variant; the plain one is left as it is."""
-    if variant != "dip, producer":
+    if not variant.startswith("dip, producer"):
         return peers.build(variant, plain)
     model = copy.deepcopy(plain).train()
-    return dip.convert(model, init_variance=peers.VARIANCE, place="producer", batches=[x])
+    dip.convert(model, init_variance=peers.VARIANCE, place="producer", batches=[x])
+    return peers.compiled_in_place(model) if variant.endswith(", compiled") else model
 
 
 def inputs_of(
@@ -88,22 +92,28 @@ def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable
     return step
 
 
-def measure(cases: list[Network], dtypes: list[torch.dtype], rounds: int, clock: str) -> list[dict]:
-    """A row per model, dtype and variant."""
+def measure(
+    cases: list[Network],
+    dtypes: list[torch.dtype],
+    variants: tuple[str, ...],
+    rounds: int,
+    clock: str,
+) -> list[dict]:
+    """A row per model, dtype and variant; ratios are over the first variant."""
     rows, device = [], torch.device("cpu")
     with tqdm(total=len(cases) * len(dtypes), unit="model", dynamic_ncols=True) as bar:
         for dtype in dtypes:
             for case in cases:
                 torch.manual_seed(0)
                 plain, x, target = inputs_of(case, dtype)
-                steps = {name: step_of(build(name, plain, x), x, target) for name in VARIANTS}
+                steps = {name: step_of(build(name, plain, x), x, target) for name in variants}
                 timed = timing.interleave(
                     steps,
-                    "linear",
+                    variants[0],
                     device,
                     budget_s=1e9,
                     rounds=(rounds, rounds),
-                    always=VARIANTS,
+                    always=variants,
                     clock=clock,
                 )
                 peers.forget_compiled()
@@ -119,6 +129,7 @@ def measure(cases: list[Network], dtypes: list[torch.dtype], rounds: int, clock:
 
 def table(rows: list[dict]) -> str:
     """Ratios to the plain model's step, with quartiles."""
+    plain, *others = dict.fromkeys(row["variant"] for row in rows)
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         found.setdefault((row["model"], tuple(row["shape"]), row["dtype"]), {})[row["variant"]] = (
@@ -126,22 +137,22 @@ def table(rows: list[dict]) -> str:
         )
     lines = []
     for (name, shape, dtype), of in found.items():
-        plain = report.duration(of["linear"]["seconds"])
         lines.append(
             [
                 f"{name}, batch {shape[0]}",
                 dtype,
-                plain,
-                *(report.ratio(of[v], spread=True) for v in VARIANTS[1:]),
+                report.duration(of[plain]["seconds"]),
+                *(report.ratio(of[v], spread=True) for v in others),
             ]
         )
-    return report.table(["training step", "", "plain", *VARIANTS[1:]], lines)
+    return report.table(["training step", "", plain.replace("linear", "plain"), *others], lines)
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = report.command_line(__doc__, "models")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
     parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
+    parser.add_argument("--compiled", action="store_true", help="all under torch.compile")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
     )
@@ -160,9 +171,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )
     torch.set_num_threads(args.threads if args.clock == "wall" else 1)
+    program = "models-compiled" if args.compiled else "models"
     found, pages, place = machine.describe("cpu"), [], ""
     if args.docs:
-        place = f"models-{machine.kind_of(found)}-{found['instruction_set'].lower()}"
+        place = f"{program}-{machine.kind_of(found)}-{found['instruction_set'].lower()}"
         candidates = (report.page_of(found), machine.ROOT / "README.md")
         pages = [page for page in candidates if report.has_place(page, place)]
         if not pages:
@@ -172,14 +184,17 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                 "found none"
             )
     start = time.perf_counter()
-    rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds, args.clock)
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    variants = COMPILED if args.compiled else VARIANTS
+    rows = measure(cases, dtypes, variants, args.rounds, args.clock)
     took = time.perf_counter() - start
     text = (
-        f"{machine.sentence(found)}. `python benchmarks/models.py`, {args.rounds} rounds, "
-        f"{took:.0f} s: {args.clock} time over the plain model's, with quartiles.\n\n{table(rows)}"
+        f"{machine.sentence(found)}. `python benchmarks/models.py{' --compiled' * args.compiled}`, "
+        f"{args.rounds} rounds, {took:.0f} s: {args.clock} time over the plain model's, with "
+        f"quartiles.\n\n{table(rows)}"
     )
     run = {"machine": found, "seconds": took, "quick": args.quick or args.rounds < 5, "rows": rows}
-    report.publish("models", run, text, args, pages, place)
+    report.publish(program, run, text, args, pages, place)
     return rows
 
 

@@ -426,7 +426,7 @@ def norm_bwd(
     g = g * _norm_weight(weight, offset)
     shift = g.mean(1, keepdim=True) if kind == "layer" else 0.0
     dx = g - h * (g * h).mean(1, keepdim=True) - shift
-    dx = (dx * rstd).reshape(x.shape).to(x.dtype)
+    dx = (dx * rstd).reshape(x.shape).to(x.dtype).contiguous()
     return dx, dweight, dbias, _dsigma(du, sigma, seed, *draw)
 
 

@@ -319,7 +319,7 @@ def test_documents_are_filled_between_their_marks(tmp_path):
     with pytest.raises(ValueError, match=r"page\.md: expected one line '<!-- b:begin -->'"):
         report.fill(page, "b", "new")
     marks = "overhead-cpu small-layer averaging models-amd-avx512 models-amd-avx2 producers"
-    for mark in [*marks.split(), "profile-model"]:
+    for mark in [*marks.split(), "profile-model", "models-compiled-amd-avx512"]:
         assert report.has_place(report.page_of({"cpu": "AMD EPYC"}), mark)
     marks = marks.replace("models-amd-avx512 models-amd-avx2", "models-intel-avx512")
     for mark in [*marks.split(), "profile-model"]:
@@ -486,6 +486,11 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
     assert [row["variant"] for row in rows] == list(models.VARIANTS)
     assert all(row["ratio"] > 0 for row in rows)
     assert summary.program_of(json.loads(out.read_text())) == "models"
+    monkeypatch.setattr(peers, "compile_backend", "eager")
+    rows = models.main([*options, str(out), "--compiled"])
+    assert [row["variant"] for row in rows] == list(models.COMPILED)
+    assert summary.program_of(json.loads(out.read_text())) == "models-compiled"
+    assert "| plain, compiled |" in capsys.readouterr().out
     monkeypatch.setattr(machine, "describe", lambda device: here | {"instruction_set": "SVE"})
     with pytest.raises(SystemExit):
         models.main(["--docs"])

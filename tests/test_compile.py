@@ -3,6 +3,7 @@ of eager mode."""
 
 import contextlib
 import copy
+import json
 import warnings
 
 import pytest
@@ -215,6 +216,29 @@ def test_inductor_equals_eager(name):
             output(each, x).square().mean().backward()
     torch.testing.assert_close(gradients(model), gradients(eager), rtol=1e-3, atol=1e-4)
     assert not torch.equal(output(model, x), output(model, x))
+
+
+def test_a_compiled_convolutions_layout_is_the_noises_too(tmp_path):
+    """Inductor makes convolutions channels-last: the noise takes their tensors as they are, and
+    nothing is copied for it."""
+    model = dip.convert(nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3)))
+    x, trace = torch.randn(2, 4, 8, 8), tmp_path / "trace.json"
+    compiled = torch.compile(model, fullgraph=True)
+    # which knows a graph by the operations' names alone
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled(x).sum().backward()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        compiled(x).sum().backward()
+    profile.export_chrome_trace(str(trace))
+    strides = {}
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event["name"] in ("aten::convolution", "dipkernels::perturb", "dipkernels::perturb_bwd"):
+            shape = event["args"]["Input Dims"][0]
+            strides.setdefault(event["name"], {})[tuple(shape)] = event["args"]["Input Strides"][0]
+    inner = (2, 6, 6, 6)  # the first layer's input is the caller's
+    assert strides["dipkernels::perturb"][inner] == strides["aten::convolution"][inner]
+    assert strides["dipkernels::perturb_bwd"] == strides["aten::convolution"]
+    assert strides["aten::convolution"][inner] == [216, 1, 36, 6]
 
 
 # ---- torch.export, AOTInductor -------------------------------------------------------------------

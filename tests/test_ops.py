@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 import torch
+from layout_support import ALL, cases, fake_of, kinds_of
 
 from dipkernels import backends, functional, producers
 from dipkernels.ops import registry
@@ -44,6 +45,18 @@ def test_ops_pass_opcheck(namespace, index):
     overload = getattr(getattr(torch.ops, namespace), name).default
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(overload, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_ops_results_lie_as_their_fakes_say_in_every_layout(namespace):
+    """torch.compile reads no more of them, and hands over its own layouts."""
+    found = set()
+    for op, arguments in cases("cpu"):
+        overload = getattr(getattr(torch.ops, namespace), op).default
+        assert kinds_of(overload(*arguments)) == fake_of(op, arguments), op
+        assert torch.Tag.flexible_layout in overload.tags
+        found.add(op)
+    assert found == ALL
 
 
 def test_ops_namespaces_have_one_schema():

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from cuda_support import gpu_expectation
+from layout_support import ALL, cases, fake_of, kinds_of
 from triton_support import SHARED_MEMORY, compile_launch, load_kernels, recorded_launches
 
 noise, perturb, linear, blocks = load_kernels("noise", "perturb", "linear", "blocks")
@@ -149,6 +150,20 @@ def test_linear_compiles_without_spills_for_the_matrix_units(case, dtype, arch, 
                 MATRIX_UNIT[arch if large else 80] in compiled.ptx
                 or MATRIX_UNIT[arch] in compiled.ptx
             )
+
+
+def test_results_lie_as_their_fakes_say_in_every_layout(monkeypatch):
+    """As tests/test_ops.py has it of the other backends. Without a GPU: nothing is launched."""
+    modules = load_kernels("perturb", "gate", "expectation", "norm", "linear", "tiles")
+    for module in modules:
+        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132, raising=False)
+    found = set()
+    with recorded_launches(*modules):
+        for op, arguments in cases("meta"):
+            run = next(getattr(module, op) for module in modules if hasattr(module, op))
+            assert kinds_of(run(*arguments)) == fake_of(op, arguments), op
+            found.add(op)
+    assert found == ALL
 
 
 @pytest.mark.parametrize("op", blocks.TABLE[80])

@@ -51,7 +51,9 @@ def define(
     """
     SCHEMAS[op] = schema
     for namespace, library in _libraries.items():
-        library.define(op + schema)
+        # Any layout will do. torch.compile would otherwise copy its channels-last tensors, which it
+        # gives every convolution, into the layout of eager mode in front of each.
+        library.define(op + schema, tags=(torch.Tag.flexible_layout,))
         torch.library.register_fake(f"{namespace}::{op}", fake, lib=library)
     if anywhere is not None:
         _libraries["dipkernels"].impl(op, anywhere, "CompositeExplicitAutograd")
