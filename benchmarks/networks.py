@@ -161,8 +161,6 @@ class ViT(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    compile_unit = True
-
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
