@@ -41,6 +41,12 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def batched(x: Tensor) -> bool:
+    """Whether x is several gradients at once (is_grads_batched): what an autograd.Function makes of
+    those has no derivative, in silence."""
+    return not tracing() and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def unwrapped(x: Tensor) -> Tensor:
     """x without the wrappers of torch.func; what vmap maps over comes first."""
     functorch = torch._C._functorch

@@ -481,6 +481,32 @@ def test_gradients_of_several_outputs_at_once_are_those_of_each(kind):
         torch.testing.assert_close([g[i] for g in got], list(want), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_several_outputs_at_once_have_derivatives(kind, order):
+    """A penalty on them: the gradient norms of several tasks, a Jacobian's, a Hessian's."""
+    model, x, found = KINDS[kind](), torch.randn(4, 8), []
+    parameters = list(model.parameters())
+    for at_once in (True, False):
+        with dip.fixed_noise(3):
+            y = model(x).sin()
+        if order == 2:
+            parts = torch.autograd.grad(y.sum(), parameters, create_graph=True)
+            y = torch.cat([part.flatten() for part in parts])
+        slopes = torch.linspace(-1, 1, 3 * y.numel()).view(3, *y.shape)
+        if at_once:
+            made = torch.autograd.grad(
+                y, parameters, slopes, is_grads_batched=True, create_graph=True
+            )
+        else:
+            each = [torch.autograd.grad(y, parameters, s, create_graph=True) for s in slopes]
+            made = [torch.stack(of_one) for of_one in zip(*each)]
+        total = sum(g.square().sum() for g in made)
+        found.append(torch.autograd.grad(total, parameters, allow_unused=True))
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("transform", ["grad", "jvp", "each example"])
 def test_transforms_compile_whole(transform):
     model, x = Layers(), torch.randn(4, 8)

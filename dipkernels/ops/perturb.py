@@ -109,8 +109,7 @@ class _Perturb(Function):
         if needs_dsigma and not torch.is_grad_enabled():
             dsigma = perturb_bwd(du, sigma, seed, ctx.draw)
         elif needs_dsigma:  # create_graph: the same value from differentiable pieces
-            noise_sum = _NoiseSumFunc if worlds.transforming() else _NoiseSum
-            dsigma = noise_sum.apply(du, sigma, seed, ctx.draw.of_sigma())
+            dsigma = _noise_sum(du, sigma, seed, ctx.draw.of_sigma())
             if ctx.draw.log_variance:
                 dsigma = dsigma * torch.exp(sigma / 2) / 2
         return dx, dsigma, None, None, None
@@ -138,8 +137,20 @@ class _NoiseSum(Function):
     def backward(ctx: Any, h: Tensor) -> Grads:
         _, seed = ctx.saved_tensors
         zeros = dtensor.new_zeros(h, ctx.g_shape, ctx.g_dtype, ctx.g_mesh)
+        if torch.is_grad_enabled() and worlds.batched(h):
+            return _in_pieces(zeros, h, seed, ctx.draw, None), None, None, None
         perturbed = _PerturbFunc if worlds.transforming() else _Perturb
         return perturbed.apply(zeros, h, seed, ctx.draw, None), None, None, None
+
+
+def _noise_sum(g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+    """Q, differentiable in g in every world."""
+    if worlds.batched(g):
+        rows = [d for d in range(g.dim()) if d != draw.dim % g.dim()]
+        wide = g.to(torch.promote_types(g.dtype, torch.float32))
+        return (draw.factor * wide * noise(seed, g.shape, draw)).sum(rows).to(sigma.dtype)
+    noise_sum = _NoiseSumFunc if worlds.transforming() else _NoiseSum
+    return noise_sum.apply(g, sigma, seed, draw)
 
 
 # ---- the same two for torch.func -----------------------------------------------------------------
