@@ -45,6 +45,23 @@ def test_weight_and_spectral_norm_go_on_after_conversion_or_take_noise_by_name(n
     assert dip.check(before) and dip.check(before).checked == 2
 
 
+def test_calibrate_measures_what_spectral_norm_gives_in_training():
+    """torch.nn.utils.spectral_norm starts at random and finds the norm in training mode alone."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))), torch.randn(64, 64)
+    older, newer = copy.deepcopy(model), dip.convert(model)
+    for old, new in zip(dip.convert(older), newer):
+        nn.utils.spectral_norm(old)
+        nn.utils.parametrizations.spectral_norm(new)
+    before = {name: t.clone() for name, t in older.named_buffers() if "weight_" in name}
+    for net in (older, newer):
+        dip.calibrate(net, [x])
+    for name, values in before.items():
+        assert torch.equal(older.get_buffer(name), values)
+    for a, b in zip(older, newer):
+        torch.testing.assert_close(a.variance.sigma, b.variance.sigma, rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize("place", ["input", "in front", "producer"])
 def test_a_hook_sees_the_noised_input_of_a_plain_layer_and_not_of_a_dip_layer(place):
     model = mlp()

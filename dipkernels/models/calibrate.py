@@ -69,7 +69,7 @@ def calibrate(
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
             restored afterwards. A BatchNorm that has seen no batch yet takes each batch's own
             statistics, as in training (so it needs two examples in a batch); its running ones stay
-            as they are.
+            as they are. `torch.nn.utils.spectral_norm` finds its norms for the time of the call.
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.

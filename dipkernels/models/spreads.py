@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .. import worlds
 from ..nn import inputs
@@ -26,6 +27,8 @@ FEW = 64
 PART = 2**18
 # spread over size below which a layer's input says nothing of what it will be like in training
 STILL = 1e-3
+# power iterations, as many as torch's newer spectral_norm makes at its start
+ITERATIONS = 15
 
 
 class _Moments:
@@ -144,12 +147,35 @@ def _has_seen_nothing(norm: nn.Module) -> bool:
     return bool((mean == 0).all() and (variance == 1).all())
 
 
+@contextlib.contextmanager
+def _spectral_norms(model: nn.Module) -> Iterator[None]:
+    """Inside, torch.nn.utils.spectral_norm knows its norms, which it finds while it trains: it
+    starts from random vectors, by which weights are tens of times too large."""
+    hooks = [
+        (hook, module)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, SpectralNorm)
+    ]
+    vectors = [m.get_buffer(f"{hook.name}_{part}") for hook, m in hooks for part in "uv"]
+    kept = [vector.clone() for vector in vectors]
+    try:
+        for hook, module in hooks:
+            for _ in range(ITERATIONS):
+                hook.compute_weight(module, do_power_iteration=True)
+        yield
+    finally:
+        for vector, before in zip(vectors, kept):
+            vector.copy_(before)
+
+
 @torch.no_grad()
 def measured_spreads(
     model: nn.Module, batches: Iterable[Any], first: Examples | None = None
 ) -> dict[str, Tensor]:
     """The spread of every DIP layer's input features over the batches, in eval mode, but for
-    BatchNorm that has seen no batch; left in each layer's variance.spread too.
+    BatchNorm that has seen no batch and for spectral_norm; left in each layer's variance.spread
+    too.
 
     first: is given what the layer reads that the batches reach first.
     """
@@ -181,7 +207,7 @@ def measured_spreads(
         if first is not None and len(rows) and module is next(iter(reached)):
             first.add(x, dim)
 
-    with _statistics_of_the_batch(model):
+    with _statistics_of_the_batch(model), _spectral_norms(model):
         watch(model, watched, observe, batches)
     unreached = [
         name for layer, name in shown.items() if layer not in seen or not seen[layer].count
