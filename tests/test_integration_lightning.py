@@ -223,6 +223,28 @@ def test_strategies_that_shard_are_refused(tmp_path):
         fitted(tmp_path, strategy=FSDPStrategy())
 
 
+def test_a_plain_module_that_other_processes_would_train_is_refused(tmp_path):
+    """Lightning gives the caller's module the parameters that it has itself: no variances."""
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    class Launcher(_MultiProcessingLauncher):
+        def launch(self, function, *args, trainer=None, **options):
+            return function(*args, **options)
+
+    class Spawning(lightning.pytorch.strategies.SingleDeviceStrategy):
+        launcher = property(Launcher)
+
+    with pytest.raises(ValueError, match=r"pl_module: expected one that dip\.apply has converted"):
+        fitted(tmp_path, strategy=Spawning())
+    module = dip.apply(Module(), CONFIG, [X])
+    start = dip.variances(module)
+    fitted(tmp_path, module, DIPCallback(), strategy=Spawning())
+    moved = dip.variances(module)
+    assert not torch.equal(
+        moved["net.0.variance.log_variance"], start["net.0.variance.log_variance"]
+    )
+
+
 def test_a_module_that_was_applied_before_needs_no_config(tmp_path):
     module = NoForward()
     dip.apply(module.net, CONFIG, [X])

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -68,8 +69,8 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     Raises:
         ValueError: Where it cannot do what the config says, when training starts: lambda_s > 0 and
             k > 0 (the loss and `predict_step` are the module's), manual optimisation, a
-            `training_step` of dataloader_iter, FSDP and DeepSpeed strategies, an optimiser that
-            lacks the variances or decays them.
+            `training_step` of dataloader_iter, FSDP and DeepSpeed strategies, a plain module under
+            one that spawns or forks, an optimiser that lacks the variances or decays them.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             )
         self._require_possible(trainer, pl_module, config)
         if config_of(pl_module) is None:
+            self._require_module_comes_back(trainer)
             self._require_no_copies(trainer, pl_module)
             if self.batches is not None:
                 apply(pl_module, config, self.batches)
@@ -143,6 +145,18 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             raise ValueError(
                 f"strategy: expected one process or DDP, got {strategy}; docs/cluster.md has FSDP2 "
                 "by hand"
+            )
+
+    @staticmethod
+    def _require_module_comes_back(trainer: Any) -> None:
+        """Refuse to convert a copy in another process, of which the caller's module gets back the
+        parameters that it has itself."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "pl_module: expected one that dip.apply has converted, because a strategy that "
+                "spawns or forks trains a copy of it, and the plain module would come back "
+                "without variances, got a plain one; call dip.apply(module, config, batches) "
+                "before fit, and give the trainer DIPCallback()"
             )
 
     def _require_no_copies(self, trainer: Any, pl_module: Any) -> None:
