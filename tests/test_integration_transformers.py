@@ -55,6 +55,14 @@ def images(count=32):
     return [{"pixel_values": x[i], "labels": i % 3} for i in range(count)]
 
 
+def bert():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_labels": 3}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    return transformers.BertForSequenceClassification(config)
+
+
 BATCH = {"pixel_values": torch.stack([each["pixel_values"] for each in images()])}
 
 
@@ -74,6 +82,9 @@ def arguments(folder, **options):
 
 
 def data_of(model):
+    if isinstance(model, transformers.BertForSequenceClassification):
+        ids = texts()["input_ids"]
+        return [{"input_ids": each, "labels": i % 3} for i, each in enumerate(ids)]
     return images() if isinstance(model, transformers.ViTForImageClassification) else texts()
 
 
@@ -161,16 +172,40 @@ def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate
     assert dip.check(trainer.model, transformers.default_data_collator(images(4)))
 
 
-@pytest.mark.parametrize("make, smoothing", [(vit, 0.2), (llama, 0.0), (llama, 0.2)])
-def test_accumulated_gradients_are_those_of_the_big_batch(make, smoothing, tmp_path):
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        return (out.loss, out) if return_outputs else out.loss
+
+
+class Behind(DIPMixin, OwnLoss):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, smoothing, kind",
+    [
+        (vit, 0.2, DIPTrainer),
+        (llama, 0.0, DIPTrainer),
+        (llama, 0.2, DIPTrainer),
+        (bert, 0.0, DIPTrainer),  # whose loss is a mean, whatever num_items_in_batch is
+        (vit, 0.0, Behind),  # this one too
+    ],
+)
+def test_accumulated_gradients_are_those_of_the_big_batch(make, smoothing, kind, tmp_path):
     config = dip.DIPConfig(ratio=0.5, lambda_s=0.1)
-    options = {"label_smoothing_factor": smoothing, **SGD}
+    options = {"label_smoothing_factor": smoothing, "kind": kind, **SGD}
     big = noisy(tmp_path, config, make(), **options)
     options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     small = noisy(tmp_path, config, make(), given={"calibration_batches": 16}, **options)
     dip.load_variances(small.model, dip.variances(big.model))
     big.train()
-    small.train()
+    is_a_mean = make is bert or kind is Behind
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        small.train()
+    about = [str(w.message) for w in said if "num_items_in_batch" in str(w.message)]
+    assert len(about) == is_a_mean and all("make it 2 times as large" in each for each in about)
     assert losses(small) == pytest.approx(losses(big), rel=1e-4)
     same(small.model, big.model, rtol=1e-4, atol=1e-5)
 
@@ -370,17 +405,8 @@ def test_sequences_packed_into_one_row_are_refused_where_the_model_would_join_th
         assert train(m, "sdpa") == pytest.approx(3.5, abs=0.2)
 
 
-class OwnLoss(transformers.Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = model(**inputs)
-        return (out.loss, out) if return_outputs else out.loss
-
-
 def test_a_loss_of_ones_own_goes_behind_the_mixin_and_is_refused_before_it(tmp_path):
     """Before it, the trajectories and the KL term would be gone, and nothing would say so."""
-
-    class Behind(DIPMixin, OwnLoss):
-        pass
 
     class Before(DIPTrainer):
         compute_loss = OwnLoss.compute_loss
@@ -588,8 +614,8 @@ def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(tmp_path):
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def check_train(rank, world, folder):
-    trainer = noisy(folder, per_device_train_batch_size=4, **SGD)
+def check_train(rank, world, folder, make):
+    trainer = noisy(folder, CONFIG, make(), per_device_train_batch_size=4, **SGD)
     start = dip.variances(trainer.model)
     dip.check_ranks(trainer.model)
     trainer.train()
@@ -599,16 +625,17 @@ def check_train(rank, world, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
-    (start, first, logged), (other, second, _) = ranks.run(check_train, str(tmp_path))
+@pytest.mark.parametrize("make", [vit, bert])  # a loss of items, and one that is a mean
+def test_two_processes_train_as_one_with_the_whole_batch(make, ranks, tmp_path):
+    (start, first, logged), (other, second, _) = ranks.run(check_train, str(tmp_path), make)
     assert all(torch.equal(v, other[n]) for n, v in start.items())  # of one calibration
     assert all(torch.equal(v, second[n]) for n, v in first.items())
-    one = noisy(tmp_path / "one", **SGD)
+    one = noisy(tmp_path / "one", CONFIG, make(), **SGD)
     dip.load_variances(one.model, start)
     one.train()
     assert losses(one) == pytest.approx(logged, rel=1e-4)
     torch.testing.assert_close(one.model.state_dict(), first, rtol=1e-4, atol=1e-5)
-    saved = from_pretrained(transformers.ViTForImageClassification, tmp_path / "out")
+    saved = from_pretrained(type(one.model), tmp_path / "out")
     torch.testing.assert_close(saved.state_dict(), first, rtol=0, atol=0)
 
 
@@ -667,6 +694,18 @@ def test_sft_trains_the_objective_and_leaves_its_fused_head_alone(adapter, tmp_p
 
         want = dip.objective(out, batch["labels"], cost, trainer.model)
     assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_a_folder_with_an_adapter_loads_by_pefts_class_and_by_no_other(tmp_path):
+    peft = pytest.importorskip("peft")
+    llama().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = dip.DIPConfig(init_variance=0.01, exclude=["*.lm_head"])
+    model = dip.apply(peft.get_peft_model(base, lora()), config)
+    model.save_pretrained(tmp_path / "adapter")
+    same(from_pretrained(peft.AutoPeftModelForCausalLM, tmp_path / "adapter"), model)
+    with pytest.raises(ValueError, match=r"kind: expected a class of PEFT, .*got AutoModelForCau"):
+        from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "adapter")
 
 
 @pytest.mark.slow

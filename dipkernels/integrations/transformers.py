@@ -93,6 +93,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             trainer's loss has no logits.
     """
 
+    model_accepts_loss_kwargs: bool  # the trainer's own
+
     def __init__(
         self, *args: Any, dip: DIPConfig | None = None, calibration_batches: int = 8, **options: Any
     ) -> None:
@@ -188,7 +190,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not all(isinstance(batch, Mapping) for batch in batches):
             raise ValueError(
                 "train_dataset: expected batches that are mappings, got "
-                f"{type(batches[0]).__name__}; call dip.apply(model, config, batches) before"
+                f"{type(batches[0]).__name__}; say init_variance=... in the config, or call "
+                "dip.apply(model, config, batches) before"
             )
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(inner.forward).parameters
@@ -221,11 +224,15 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     # ---- a step
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **options: Any
+    ) -> Tensor:
         plain = _plain_without_gradients if self._dip_of_trl() else contextlib.nullcontext
+        if not self._dip_checked and self._dip_is_a_mean(inputs, num_items_in_batch):
+            self.model_accepts_loss_kwargs, num_items_in_batch = False, None
         self._dip_loss_made = False
         with self._dip_noise(inputs), plain(self.model):
-            loss: Tensor = super().training_step(model, inputs, *args, **options)
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch, **options)
         self._dip_require_loss()
         if not self._dip_checked:
             self._dip_checked = True
@@ -320,6 +327,34 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         return bool(self.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
             self.compute_loss_func is not None
         )
+
+    def _dip_is_a_mean(self, inputs: Any, items: Any) -> bool:
+        """Whether the trainer gives num_items_in_batch to a loss that is not divided by it, and so
+        takes the mean of a micro-batch for its part of the step's: the loss would be n times as
+        large beside the KL term. So it is of BERT's classes, and of many a compute_loss. Asked once
+        in a run of n > 1 micro-batches in a step; all ranks answer as one."""
+        n = self.args.gradient_accumulation_steps * self.args.world_size
+        said = self.loss_is_scaled_for_ga or self.compute_loss_func is not None
+        if items is None or n == 1 or said or self._dip_of_trl():
+            return False
+        own = super().compute_loss
+        with torch.no_grad(), untouched(self.model), self.compute_loss_context_manager():
+            self.model.eval()
+            batch = self._prepare_inputs(inputs)
+            of_items, of_twice = (
+                float(own(self.model, dict(batch), num_items_in_batch=count))
+                for count in (items, 2 * items)
+            )
+        found = [int(of_items == of_twice != 0)]
+        if not self.accelerator.gather(torch.tensor(found, device=self.args.device)).any():
+            return False
+        warnings.warn(
+            f"dipkernels: the loss of {type(self.model).__name__} is not divided by "
+            f"num_items_in_batch, so the Trainer would make it {n} times as large beside the KL "
+            "term; it is taken for a mean, as by trainer.model_accepts_loss_kwargs = False",
+            stacklevel=3,
+        )
+        return True
 
     # ---- predictions and logs
 
@@ -527,9 +562,16 @@ def from_pretrained(
         The model, in eval mode.
 
     Raises:
-        FileNotFoundError, ValueError: As for `dip.load`.
+        FileNotFoundError, ValueError: As for `dip.load`. ValueError also for a folder with an
+            adapter and a kind that is not PEFT's, whose layers have other names.
     """
-    return load(kind.from_pretrained(folder, *args, **options), folder, batches)
+    model = kind.from_pretrained(folder, *args, **options)
+    if Path(folder, "adapter_config.json").is_file() and not is_peft(model):
+        raise ValueError(
+            "kind: expected a class of PEFT, such as AutoPeftModelForCausalLM, because the folder "
+            f"holds an adapter, got {kind.__name__}"
+        )
+    return load(model, folder, batches)
 
 
 # ---- where no class can be changed ---------------------------------------------------------------
