@@ -37,7 +37,7 @@ from ..config import (
 )
 from ..models.check import check
 from ..models.parameters import load_variances
-from ..models.probe import plain_names, untouched
+from ..models.probe import eval_mode, plain_names, untouched
 from ..nn.variance import TENSORS, Variance
 from ..noise.contexts import noise_off
 from ..reports import metrics
@@ -338,8 +338,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if items is None or n == 1 or said or self._dip_of_trl():
             return False
         own = super().compute_loss
-        with torch.no_grad(), untouched(self.model), self.compute_loss_context_manager():
-            self.model.eval()
+        eval_pass = self.compute_loss_context_manager()
+        with torch.no_grad(), untouched(self.model), eval_mode(self.model), eval_pass:
             batch = self._prepare_inputs(inputs)
             of_items, of_twice = (
                 float(own(self.model, dict(batch), num_items_in_batch=count))
