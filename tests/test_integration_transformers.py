@@ -3,6 +3,7 @@ models."""
 
 import concurrent.futures
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -208,6 +209,63 @@ def test_accumulated_gradients_are_those_of_the_big_batch(make, smoothing, kind,
     assert len(about) == is_a_mean and all("make it 2 times as large" in each for each in about)
     assert losses(small) == pytest.approx(losses(big), rel=1e-4)
     same(small.model, big.model, rtol=1e-4, atol=1e-5)
+
+
+class WithDraw(OwnLoss):
+    """A loss with a draw of its own: a diffusion's time, a mask."""
+
+    def compute_loss(self, model, inputs, *args, **options):
+        x = inputs["pixel_values"]
+        return super().compute_loss(
+            model, {**inputs, "pixel_values": x + torch.randn_like(x)}, *args, **options
+        )
+
+
+class UnderAttack(OwnLoss):
+    """A loss that takes a gradient, in training alone."""
+
+    def compute_loss(self, model, inputs, *args, **options):
+        assert model.training
+        x = inputs["pixel_values"].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(**{**inputs, "pixel_values": x}).loss, x)
+        x = x.detach() + 0.1 * slope.sign()
+        return super().compute_loss(model, {**inputs, "pixel_values": x}, *args, **options)
+
+
+class Almost(OwnLoss):
+    """A loss whose last bits differ from call to call, as a GPU's sums may."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **options):
+        self.calls += 1
+        return super().compute_loss(*args, **options) * (1 + 1e-6 * self.calls)
+
+
+class Infinite(transformers.Trainer):
+    """A loss that is infinite at the first step."""
+
+    def compute_loss(self, *args, **options):
+        return super().compute_loss(*args, **options) + math.inf
+
+
+class Said(OwnLoss):
+    loss_is_scaled_for_ga = False
+
+
+@pytest.mark.parametrize(
+    "base, told",
+    [(WithDraw, 1), (UnderAttack, 1), (Almost, 1), (Infinite, 0), (Said, 0)],
+)
+def test_what_a_loss_is_divided_by_is_found_as_in_a_step(base, told, tmp_path):
+    kind = type("Behind", (DIPMixin, base), {})
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = noisy(tmp_path, kind=kind, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum("num_items_in_batch" in str(w.message) for w in said) == told
+    assert trainer.model_accepts_loss_kwargs is not bool(told)
 
 
 @pytest.mark.parametrize("kind", ["mixin", "callback"])

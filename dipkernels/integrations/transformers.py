@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import os
 import shutil
 import warnings
@@ -37,7 +38,7 @@ from ..config import (
 )
 from ..models.check import check
 from ..models.parameters import load_variances
-from ..models.probe import eval_mode, plain_names, untouched
+from ..models.probe import plain_names, untouched
 from ..nn.variance import TENSORS, Variance
 from ..noise.contexts import noise_off
 from ..reports import metrics
@@ -333,19 +334,21 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         takes the mean of a micro-batch for its part of the step's: the loss would be n times as
         large beside the KL term. So it is of BERT's classes, and of many a compute_loss. Asked once
         in a run of n > 1 micro-batches in a step; all ranks answer as one."""
-        n = self.args.gradient_accumulation_steps * self.args.world_size
-        said = self.loss_is_scaled_for_ga or self.compute_loss_func is not None
+        ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
+        n = self.args.gradient_accumulation_steps * ranks
+        said = self.loss_is_scaled_for_ga is not None or self.compute_loss_func is not None
         if items is None or n == 1 or said or self._dip_of_trl():
             return False
-        own = super().compute_loss
-        eval_pass = self.compute_loss_context_manager()
-        with torch.no_grad(), untouched(self.model), eval_mode(self.model), eval_pass:
-            batch = self._prepare_inputs(inputs)
-            of_items, of_twice = (
-                float(own(self.model, dict(batch), num_items_in_batch=count))
-                for count in (items, 2 * items)
-            )
-        found = [int(of_items == of_twice != 0)]
+        own, losses = super().compute_loss, []
+        for count in (items, 2 * items):
+            # as in a step, which may take gradients inside the loss; both with the same draws
+            with untouched(self.model), noise_off(), self.compute_loss_context_manager():
+                self.model.train()
+                batch = dict(self._prepare_inputs(inputs))
+                losses.append(own(self.model, batch, num_items_in_batch=count).mean().item())
+        # a GPU's sums may differ in their last bits
+        same = math.isfinite(losses[0]) and losses[0] != 0 and math.isclose(*losses, rel_tol=1e-3)
+        found = [int(same)]
         if not self.accelerator.gather(torch.tensor(found, device=self.args.device)).any():
             return False
         warnings.warn(
