@@ -481,11 +481,12 @@ def test_gradients_of_several_outputs_at_once_are_those_of_each(kind):
         torch.testing.assert_close([g[i] for g in got], list(want), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [(4,), ()])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_several_outputs_at_once_have_derivatives(kind, order):
+def test_gradients_of_several_outputs_at_once_have_derivatives(kind, order, rows):
     """A penalty on them: the gradient norms of several tasks, a Jacobian's, a Hessian's."""
-    model, x, found = KINDS[kind](), torch.randn(4, 8), []
+    model, x, found = KINDS[kind](), torch.randn(*rows, 8), []
     parameters = list(model.parameters())
     for at_once in (True, False):
         with dip.fixed_noise(3):

@@ -148,7 +148,9 @@ def _noise_sum(g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
     if worlds.batched(g):
         rows = [d for d in range(g.dim()) if d != draw.dim % g.dim()]
         wide = g.to(torch.promote_types(g.dtype, torch.float32))
-        return (draw.factor * wide * noise(seed, g.shape, draw)).sum(rows).to(sigma.dtype)
+        terms = draw.factor * wide * noise(seed, g.shape, draw)
+        # a sum over no dimension is one over all of them
+        return (terms.sum(rows) if rows else terms).to(sigma.dtype)
     noise_sum = _NoiseSumFunc if worlds.transforming() else _NoiseSum
     return noise_sum.apply(g, sigma, seed, draw)
 
