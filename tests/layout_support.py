@@ -35,6 +35,19 @@ def cases(device):
         for kind, stats in (("layer", 2), ("rms", 1)):
             sums = torch.ones(stats, 24, device=device)
             yield "norm_bwd", (x, y, sums, vector, None, *draw, kind, 0.0)
+    dense = torch.rand(2, FEATURES, 3, 5, device=device)
+    images = (
+        dense,
+        dense.contiguous(memory_format=torch.channels_last),
+        dense[:1].expand(dense.shape),
+    )
+    channels = (vector, seed, 1, *draw[3:])
+    for x, y in itertools.product(images, repeat=2):
+        yield "perturb", (x, *channels, None)
+        yield "perturb_bwd", (x, *channels)
+        yield "perturb_replay", (x, y, *channels, None)
+        yield "gate", (x, y, *channels, "silu", None)
+        yield "gate_bwd", (x, y, x, *channels, "silu")
     for x in layouts(device):
         yield "perturb", (x, *draw, None)
         yield "perturb", (x, *draw, torch.bfloat16)
