@@ -218,27 +218,50 @@ def test_inductor_equals_eager(name):
     assert not torch.equal(output(model, x), output(model, x))
 
 
-def test_a_compiled_convolutions_layout_is_the_noises_too(tmp_path):
-    """Inductor makes convolutions channels-last: the noise takes their tensors as they are, and
-    nothing is copied for it."""
-    model = dip.convert(nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3)))
-    x, trace = torch.randn(2, 4, 8, 8), tmp_path / "trace.json"
+def compiled_strides(model, x, path, names):
+    """{operation: {shape of its first tensor: strides}} of one training step under Inductor."""
     compiled = torch.compile(model, fullgraph=True)
     # which knows a graph by the operations' names alone
     with torch._inductor.config.patch(force_disable_caches=True):
         compiled(x).sum().backward()
     with torch.profiler.profile(record_shapes=True) as profile:
         compiled(x).sum().backward()
-    profile.export_chrome_trace(str(trace))
+    profile.export_chrome_trace(str(path))
     strides = {}
-    for event in json.loads(trace.read_text())["traceEvents"]:
-        if event["name"] in ("aten::convolution", "dipkernels::perturb", "dipkernels::perturb_bwd"):
+    for event in json.loads(path.read_text())["traceEvents"]:
+        if event["name"] in names:
             shape = event["args"]["Input Dims"][0]
             strides.setdefault(event["name"], {})[tuple(shape)] = event["args"]["Input Strides"][0]
+    return strides
+
+
+def test_a_compiled_convolutions_layout_is_the_noises_too(tmp_path):
+    """Inductor makes convolutions channels-last: the noise takes their tensors as they are, and
+    nothing is copied for it."""
+    model = dip.convert(nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3)))
+    names = ("aten::convolution", "dipkernels::perturb", "dipkernels::perturb_bwd")
+    strides = compiled_strides(model, torch.randn(2, 4, 8, 8), tmp_path / "trace.json", names)
     inner = (2, 6, 6, 6)  # the first layer's input is the caller's
     assert strides["dipkernels::perturb"][inner] == strides["aten::convolution"][inner]
     assert strides["dipkernels::perturb_bwd"] == strides["aten::convolution"]
     assert strides["aten::convolution"][inner] == [216, 1, 36, 6]
+
+
+def test_a_compiled_linear_layer_between_convolutions_noises_rows(tmp_path):
+    """ConvNeXt's: Inductor takes any four dimensions in front of a convolution for images, and
+    would turn each layer's input around and back."""
+
+    class Block(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    block = Block(nn.LayerNorm(4), nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+    model = dip.convert(nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.Conv2d(4, 2, 1)))
+    names = ("dipkernels::perturb", "dipkernels::perturb_replay")
+    strides = compiled_strides(model, torch.randn(2, 3, 5, 5), tmp_path / "trace.json", names)
+    for name in names:
+        rows = {shape: found for shape, found in strides[name].items() if shape[-1] in (4, 6)}
+        assert rows == {(50, 4): [4, 1], (50, 6): [6, 1]}
 
 
 # ---- torch.export, AOTInductor -------------------------------------------------------------------

@@ -138,6 +138,10 @@ def affine(
     if is_dtensor(x):
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
+    elif worlds.tracing() and x.dim() > 2 and not worlds.wants_pieces():
+        # as torch's own linear: Inductor makes four dimensions channels-last, for convolutions
+        rows = affine(flat_rows(x), weight, bias, sigma, seed, draw, keep, dtype)
+        return rows.view(*x.shape[:-1], weight.shape[0])
     elif keep != "u" and _fuses(x, weight, dtype):
         return mean(x, weight, bias, sigma, seed, draw, 1, "identity", dtype)
     elif keep != "u" and _replays(keep, x.dtype, weight.dtype, dtype):
