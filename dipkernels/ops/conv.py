@@ -66,10 +66,10 @@ def _patches(u: Tensor, kernel: torch.Size) -> Tensor:
 
 
 def fits(x: Tensor, sigma: Tensor) -> bool:
-    """Whether x is an input whose gradient nobody wants while sigma's is wanted, in eager mode."""
+    """Whether nobody wants x's gradient, and sigma's is wanted, in eager mode or compiled."""
     if x.requires_grad or not (torch.is_grad_enabled() and sigma.requires_grad):
         return False
-    return worlds.eager() and not (is_dtensor(x) or is_dtensor(sigma))
+    return not (worlds.wants_pieces() or is_dtensor(x) or is_dtensor(sigma))
 
 
 def _run(
