@@ -3,6 +3,7 @@ name."""
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -398,6 +399,26 @@ def test_a_layer_that_its_parent_only_reads_is_named_and_left_alone(kind):
         model = dip.convert(nn.Sequential(kind()))
     assert "2 module(s)" in str(caught[0].message) and "0.inner (Linear)" in str(caught[0].message)
     assert [n.rpartition(".")[2] for n in dip_layers(model)] == ["called", "handed", "looked"]
+    assert dip.check(model, X)
+
+
+class NormLinear(nn.Sequential):
+    """timm's: nn.Sequential calls the layer, and what fuses the two for export reads its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("norm", nn.BatchNorm1d(8))
+        self.add_module("linear", nn.Linear(8, 8))
+
+    def fuse(self):
+        return self.linear.weight * self.norm.weight
+
+
+def test_a_sequential_calls_the_layers_whose_weight_its_methods_read():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dip.DIPConversionWarning)
+        model = dip.convert(nn.Sequential(NormLinear()))
+    assert list(dip_layers(model)) == ["0.linear"]
     assert dip.check(model, X)
 
 

@@ -339,6 +339,8 @@ def read_past(kind: Any) -> frozenset[str]:
     Found in the bytecode of its methods: `F.linear(x, self.qkv.weight)` where no method mentions
     `self.qkv` otherwise.
     """
+    if kind.forward is nn.Sequential.forward:  # which calls every child
+        return frozenset()
     read, used = set(), set()
     for base in kind.__mro__:
         if base in (nn.Module, object) or (base in TWINS and base is not kind):
