@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import pickle
 import statistics
 import warnings
 
@@ -278,6 +279,34 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class OrthogonalLinear(nn.Linear):
+    """A start of its own, and the forward of nn.Linear."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+
+    def reset_parameters(self):
+        nn.init.orthogonal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class SpatialConv(nn.Conv3d):
+    """torchvision's Conv3DNoTemporal: fixed arguments, and the forward of nn.Conv3d."""
+
+    def __init__(self, width):
+        super().__init__(width, width, (1, 3, 3), padding=(0, 1, 1), bias=False)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+class Drawn(nn.Linear):
+    def draw(self):
+        return self.weight
+
+
 class Lora(nn.Module):
     def __init__(self):
         super().__init__()
@@ -312,6 +341,8 @@ def quantised_weight():
     ("make", "reason"),
     [
         (lambda: Scaled(4, 4), "a subclass of nn.Linear"),
+        (lambda: Standardised(4, 4, 3), "a subclass of nn.Conv2d"),
+        (lambda: Drawn(4, 4), r"it has \['draw'\] of its own"),
         (lambda: nn.LazyLinear(4), "lazy"),
         (lambda: nn.LazyConv2d(4, 1), "lazy"),
         (lambda: weight_norm(nn.Linear(4, 4)), "parametrised"),
@@ -345,6 +376,32 @@ def test_what_cannot_be_honoured_is_named_and_left_alone(make, reason):
     convert(nn.ModuleDict({"good": nn.Linear(4, 4), "odd": odd}), exclude="odd")
     with pytest.raises(ValueError, match=reason):
         convert(nn.ModuleDict({"odd": odd}))
+
+
+@pytest.mark.parametrize(
+    ("make", "like", "x"),
+    [
+        (OrthogonalLinear, nn.Linear(4, 4), torch.randn(6, 4)),
+        (SpatialConv, nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1), bias=False), X[None, :4]),
+    ],
+)
+def test_a_subclass_that_keeps_the_forward_is_converted_as_its_class(make, like, x):
+    model = nn.Sequential(make(4))
+    plain = nn.Sequential(like)
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        convert(each, 0.25, keep="u")
+    assert isinstance(model[0], make) and isinstance(model[0], type(plain[0]))
+    for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with dip.fixed_noise(3):
+            y = again(x)
+        with dip.fixed_noise(3):
+            assert torch.equal(y, plain(x))
+        assert torch.equal(again.eval()(x), plain.eval()(x))
+        plain.train()
+    model.train()[0].reset_parameters()
+    assert torch.allclose(model[0].log_variance.exp(), torch.tensor(0.25))
+    assert type(to_plain(model)[0]) is make
 
 
 def test_a_parametrised_out_projection_is_named_and_its_attention_converted():

@@ -73,9 +73,10 @@ def convert(
             counts. The layers of an attention are NAME.in_proj (or q_proj, k_proj, v_proj) and
             NAME.out_proj.
         types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention; by default
-            all. Only modules of exactly these classes are converted, not subclasses. transformers'
-            Conv1D and torchao's float8 and QAT layers count as nn.Linear. An adapter of PEFT counts
-            as the layer inside it, and the noise is at the input of the whole.
+            all. A subclass of a linear layer or a convolution is converted if it keeps their
+            forward; other subclasses are not. transformers' Conv1D and torchao's float8 and QAT
+            layers count as nn.Linear. An adapter of PEFT counts as the layer inside it, and the
+            noise is at the input of the whole.
         filter: filter(module, name) returns true for a layer to convert.
         exclude: Patterns. A layer stays plain if its name, or the name of a module around it,
             matches, and `before` does not name it.

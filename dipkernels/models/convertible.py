@@ -18,7 +18,7 @@ from ..nn.attention import DIPMultiheadAttention, DIPOutProjection
 from ..nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
-from ..nn.twin import first_parameter, twin_type
+from ..nn.twin import first_parameter, made_type, twin_type
 from .patterns import Patterns, around
 
 Types = tuple[type[nn.Module], ...]  # some of TWINS
@@ -56,6 +56,18 @@ def counts_as(module: nn.Module) -> type[nn.Module] | None:
     if isinstance(module, nn.Linear) and kind.__module__.startswith("torchao."):
         # for training in float8 or with fake quantisation: their forward takes the input alone
         return nn.Linear
+    return _computes_as(kind)
+
+
+def _computes_as(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The layer's class whose forward a subclass keeps, as one that only starts its weight in its
+    own way does."""
+    code = ("forward", "_conv_forward", "__call__")
+    for base in (nn.Linear, *_CONVOLUTIONS):
+        if issubclass(kind, base) and all(
+            getattr(kind, name, None) is getattr(base, name, None) for name in code
+        ):
+            return base
     return None
 
 
@@ -114,6 +126,8 @@ def twin_of(module: nn.Module) -> type[Any]:
         return DIPOutProjection
     if kind in TWINS:
         return TWINS[kind]
+    if (base := _computes_as(kind)) is not None:
+        return made_type(TWINS[base], kind)
     package = kind.__module__.split(".")[2].capitalize() if is_adapter(module) else ""
     known = package.lower() in kind.__name__.lower()
     return twin_type(kind, feature_dim_of(module), f"DIP{'' if known else package}{kind.__name__}")
@@ -288,14 +302,18 @@ def _forward_replaced(module: nn.Module) -> str | None:
 
 
 def _taken(module: nn.Module, twin: type[Any]) -> list[str]:
-    """What has been set on this object under a name that its DIP class would read."""
+    """What has been set on this object, or on a class of its own, under a name that its DIP class
+    would read."""
     own = (*vars(module), *module._parameters, *module._buffers, *module._modules)
     kind = type(module)
-    return [
+    base: Any = _computes_as(kind) or kind
+    of_object = [
         name
         for name in own
         if name in _OWN_NAMES or (hasattr(twin, name) and not hasattr(kind, name))
     ]
+    of_class = [name for name in dir(kind) if not hasattr(base, name)]
+    return of_object + [name for name in of_class if hasattr(TWINS.get(base), name)]
 
 
 def no_twin(module: nn.Module) -> str | None:
