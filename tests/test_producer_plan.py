@@ -16,7 +16,7 @@ from plain_support import assert_plain
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.nn.activation import GatedBlock
+from dipkernels.nn.activation import GatedBlock, gated_parts
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import dip_layers
 from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
@@ -679,14 +679,63 @@ class Scaled(Gated):
         return self.w2(self.silu(self.w1(hidden)) * self.w3(hidden) * 2)
 
 
-def test_a_gated_product_is_drawn_in_one_pass():
+class Named(Gated):
+    """As Llama 4 writes it."""
+
+    def forward(self, hidden):
+        product = self.silu(self.w1(hidden)) * self.w3(hidden)
+        return self.w2(product)
+
+
+class Halves(Gated):
+    """As Phi-3 and GLM-4 write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Linear(8, 24)
+        del self.w3
+
+    def forward(self, hidden):
+        """Both factors are made by one layer."""
+        up = self.w1(hidden)
+
+        gate, up = up.chunk(2, dim=-1)
+        up = up * self.silu(gate)
+
+        return self.w2(up)
+
+
+class OtherHalves(Halves):
+    """The same code but for a constant."""
+
+    def forward(self, hidden):
+        up = self.w1(hidden)
+        gate, up = up.chunk(2, dim=-2)
+        up = up * self.silu(gate)
+        return self.w2(up)
+
+
+class Split(Halves):
+    """The same code but for a name."""
+
+    def forward(self, hidden):
+        up = self.w1(hidden)
+        gate, up = up.tensor_split(2, dim=-1)
+        up = up * self.silu(gate)
+        return self.w2(up)
+
+
+@pytest.mark.parametrize("kind, read", [(Gated, "13"), (Named, "13"), (Halves, "1")])
+def test_a_gated_product_is_drawn_in_one_pass(kind, read):
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.LayerNorm(8), Gated())
+    plain = nn.Sequential(nn.LayerNorm(8), kind())
     model = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[X])
-    assert moved(dip.summary(model).plan) == {"0": ("1.w1", "1.w3"), "1.silu": ("1.w2",)}
+    readers = tuple(f"1.w{i}" for i in read)
+    assert moved(dip.summary(model).plan) == {"0": readers, "1.silu": ("1.w2",)}
     assert torch.equal(model.eval()(X), plain(X))
     model.train()
-    reference = dip.convert(copy.deepcopy(plain), 0.25, share=[("w1", "w3")])
+    share = [("w1", "w3")] if len(read) > 1 else ()
+    reference = dip.convert(copy.deepcopy(plain), 0.25, share=share)
     for here, there in {"0": "1.w1", "1.silu": "1.w2"}.items():
         model.get_submodule(here).number = reference.get_submodule(there).number
     with fixed_noise(3):
@@ -731,12 +780,17 @@ def wide():
     return gated
 
 
-@pytest.mark.parametrize("make", [Scaled, narrow, wide])
+@pytest.mark.parametrize("make", [Scaled, narrow, wide, Split])
 def test_another_product_is_left_with_the_way_out(make):
     model = nn.Sequential(nn.LayerNorm(8), make())
     plan = dip.producer_plan(model, [X])
     assert "whose forward is not exactly down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
     dip.convert(model, place="producer", batches=[X])(X).sum().backward()
+
+
+def test_halves_along_another_dimension_are_no_gated_product():
+    assert gated_parts(Halves) == ("w2", "silu", "w1", "w1")
+    assert gated_parts(OtherHalves) is None
 
 
 @pytest.mark.parametrize(

@@ -205,14 +205,16 @@ class GatedBlock(nn.Module):
     down(act(gate(x), up(x)))."""
 
     plain_type: type[nn.Module]
-    parts: tuple[str, str, str, str]  # the names of down, act, gate, up
+    # the names of down, act, gate, up; the last two are one where they are halves of what it makes
+    parts: tuple[str, str, str, str]
     input_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs[self.input_name]
         down, act, gate, up = self.parts
-        u = getattr(self, act)(getattr(self, gate)(x), getattr(self, up)(x))
-        return getattr(self, down)(u)
+        a = getattr(self, gate)(x)
+        a, b = a.chunk(2, dim=-1) if gate == up else (a, getattr(self, up)(x))
+        return getattr(self, down)(getattr(self, act)(a, b))
 
 
 def _gate_first(self: Any, x: Tensor) -> Any:
@@ -233,12 +235,27 @@ def _up_first_named(self: Any, x: Tensor) -> Any:
     return y
 
 
-_FORMS = [f.__code__ for f in (_gate_first, _up_first, _gate_first_named, _up_first_named)]
+def _product_named(self: Any, x: Tensor) -> Any:  # Llama 4
+    y = self.act(self.gate(x)) * self.up(x)
+    return self.down(y)
+
+
+def _halves(self: Any, x: Tensor) -> Any:  # Phi-3, GLM-4
+    y = self.gate(x)
+    gate, y = y.chunk(2, dim=-1)
+    y = y * self.act(gate)
+    return self.down(y)
+
+
+_FORMS = [
+    f.__code__
+    for f in (_gate_first, _up_first, _gate_first_named, _up_first_named, _product_named, _halves)
+]
 
 
 def gated_parts(kind: type[nn.Module]) -> tuple[str, str, str, str] | None:
     """The names of down, act, gate and up where the class's forward is down(act(gate(x)) * up(x))
-    and nothing else.
+    and nothing else; gate and up may be the halves of what one layer makes.
 
     Told by its bytecode, which must be that of the same expression compiled here, but for the
     names.
@@ -249,7 +266,9 @@ def gated_parts(kind: type[nn.Module]) -> tuple[str, str, str, str] | None:
     for form in _FORMS:
         if _shape(code) == _shape(form):
             named = dict(zip(form.co_names, code.co_names, strict=True))
-            return named["down"], named["act"], named["gate"], named["up"]
+            if named.get("chunk", "chunk") == "chunk":
+                gate = named["gate"]
+                return named["down"], named["act"], gate, named.get("up", gate)
     return None
 
 
@@ -259,6 +278,7 @@ def _shape(code: CodeType) -> tuple[Any, ...]:
         code.co_argcount,
         code.co_flags & (CO_VARARGS | CO_VARKEYWORDS),
         len(code.co_names),
+        [c for c in code.co_consts if not (c is None or isinstance(c, str))],  # no docstring
     )
 
 
