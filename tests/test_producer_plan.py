@@ -82,23 +82,52 @@ def test_layers_of_one_producer_draw_the_noise_of_layers_that_share():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """timm's and torchvision's: nn.LayerNorm over the channels."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ChannelRMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(width)), 1e-6
+
+    def forward(self, x):
+        y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
+        return y * self.weight[:, None, None]
+
+
 def test_convolutions_and_attention_draw_the_noise_of_their_own_layers():
     torch.manual_seed(0)
     first = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
     convolutions = nn.Sequential(*first, nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 1))
     attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    over_channels = LayerNorm2d(6), nn.Conv2d(6, 4, 3), ChannelRMSNorm(4), nn.Conv2d(4, 2, 1)
     for plain, x, pairs in (
         (convolutions, IMAGES, {"2": "3", "4": "5"}),
+        (nn.Sequential(nn.Conv2d(3, 6, 3), *over_channels), IMAGES, {"1": "2", "3": "4"}),
         (attention, X, {"norm1": "self_attn.in_proj", "norm2": "linear1"}),
     ):
         at_producer = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[x])
         at_layers = dip.convert(copy.deepcopy(plain), 0.25)
         numbers = {name: layer.number for name, layer in dip_layers(at_layers).items()}
         assert {pairs.get(name, name) for name in dip_layers(at_producer)} == set(numbers)
+        assert moved(dip.summary(at_producer).plan).keys() == pairs.keys()
         for name, layer in dip_layers(at_producer).items():
             layer.number = numbers[pairs.get(name, name)]
-        with fixed_noise(3):
-            torch.testing.assert_close(at_producer(x), at_layers(x), rtol=1e-4, atol=1e-5)
+        results = []
+        for model in (at_producer, at_layers):
+            with fixed_noise(3):
+                y = model(x)
+            y.square().sum().backward()
+            slopes = {name: model.get_parameter(name).grad for name, _ in plain.named_parameters()}
+            slopes |= {
+                layer.number: layer.log_variance.grad for layer in dip_layers(model).values()
+            }
+            results.append({"y": y, **slopes})
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 class Experts(nn.Module):

@@ -188,9 +188,10 @@ def producer_plan(
     and why. This changes nothing.
 
     A layer's projection moves into the module that makes its input under two conditions. The module
-    is a norm over the last dimension, an activation, or the product in a block down(act(gate(x)) *
-    up(x)). And nothing reads its output except layers to convert. This is watched on the batches,
-    in training and in eval mode without noise, through views, copies and casts.
+    is a norm over the last dimension or the channels, an activation, or the product in a block
+    down(act(gate(x)) * up(x)). And nothing reads its output except layers to convert. This is
+    watched on the batches, in training and in eval mode without noise, through views, copies and
+    casts.
 
     Args:
         model: Any module that is not converted yet, or in part.

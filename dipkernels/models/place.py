@@ -33,6 +33,8 @@ _FUNCTIONS = {
     "layer_norm": "nn.LayerNorm",
     "rms_norm": "nn.RMSNorm",
 }
+_NORMS: dict[type[nn.Module], type[Any]] = {nn.LayerNorm: DIPLayerNorm, nn.RMSNorm: DIPRMSNorm}
+_OVER_THE_LAST = "it is a norm over the last dimension, and its layers read it along another"
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 # why a layer stays that no batch was seen to enter
 UNREACHED = "the batches do not reach it, or what is around it reads its weight without calling it"
@@ -224,7 +226,8 @@ class _Planner:
         self, producer: nn.Module, gated: _Gated | None, layers: list[nn.Module]
     ) -> Move | str:
         calls = self.watch.calls[producer]
-        what = self._module_reason(producer) or self._form(producer, gated is not None)
+        read_along = {dim for call in calls for dim in call.dims}
+        what = self._module_reason(producer) or self._form(producer, gated, read_along)
         if isinstance(what, str):
             return what
         base, facts = what
@@ -236,8 +239,6 @@ class _Planner:
         if reason:
             return reason
         dim = self.dims[layers[0]] if gated is not None else next(iter(calls[0].dims))
-        if issubclass(base, NormProducer) and dim != -1:
-            return "it is a norm over the last dimension, and its layers read it along another"
         twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
         around = gated and (gated.block, gated_block_type(type(gated.block), gated.parts))
         name, where = self._name(producer), calls[0].device
@@ -287,7 +288,9 @@ class _Planner:
         return ""
 
     @staticmethod
-    def _form(producer: nn.Module, gated: bool) -> tuple[type[Any], dict[str, Any]] | str:
+    def _form(
+        producer: nn.Module, gated: _Gated | None, read_along: set[int]
+    ) -> tuple[type[Any], dict[str, Any]] | str:
         """What the producer's DIP class is made of, or why there is none."""
         kind = activation_kind(producer)
         if kind is not None:
@@ -297,7 +300,7 @@ class _Planner:
                 f"{type(producer).__name__} is not an activation that the kernels know "
                 f"({', '.join(ACTIVATIONS)})"
             )
-        return norm_form(producer)
+        return norm_form(producer, max(read_along, default=-1))
 
     # ---- gated products
 
@@ -378,8 +381,8 @@ def _with_slope(act: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Tensor]:
 
 
 @torch.no_grad()
-def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
-    """What the DIP class of a norm over the last dimension is made of, or why there is none.
+def norm_form(module: Any, dim: int) -> tuple[type[Any], dict[str, Any]] | str:
+    """What the DIP class of a norm over dimension `dim` is made of, or why there is none.
 
     What another package's class computes is found on numbers, with weights of their own.
     """
@@ -389,10 +392,8 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
     parameters = dict(module.named_parameters())
     if any(is_dtensor(p) for p in parameters.values()):
         return "its weights are DTensors: convert first, then parallelise"
-    if kind is nn.LayerNorm:
-        return DIPLayerNorm, {}
-    if kind is nn.RMSNorm:
-        return DIPRMSNorm, {}
+    if kind in _NORMS:
+        return _OVER_THE_LAST if dim != -1 else (_NORMS[kind], {})
     none = f"{kind.__name__} is not a LayerNorm, RMSNorm or activation that the kernels know"
     weight = parameters.get("weight")
     eps_name = next(
@@ -416,19 +417,18 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
     }
     scales = torch.tensor([1.0, eps**0.5, 30.0], device="cpu")[:, None, None]
     x = (scales * (torch.randn(3, 2, k, generator=numbers, device="cpu") + 0.5)).to(device)
+    shape = (3, 2, *[1] * (-2 - dim), k)
     try:
         with untouched(module):
-            y = torch.func.functional_call(module.eval(), tensors, (x,))
+            given = (x.view(shape).movedim(-1, dim),)
+            y = torch.func.functional_call(module.eval(), tensors, given)
+            y = y.movedim(dim, -1).reshape(x.shape)
     except Exception:
-        return none
+        y = None
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
         plain = F.layer_norm if form == "layer" else F.rms_norm
         want = plain(x.double(), (k,), tensors["weight"].double() + offset, eps=eps)
         want = want + tensors.get("bias", torch.zeros(k, device=device))
-        if (
-            isinstance(y, Tensor)
-            and y.shape == want.shape
-            and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4)
-        ):
+        if y is not None and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4):
             return NormProducer, {"kind": form, "offset": offset, "eps_name": eps_name}
-    return none
+    return none if dim == -1 or isinstance(norm_form(module, -1), str) else _OVER_THE_LAST

@@ -15,7 +15,7 @@ from .twin import Producer
 
 
 class NormProducer(Producer):
-    """Before the class of a norm over the last dimension."""
+    """Before the class of a norm over the feature dimension."""
 
     kind = "layer"  # or "rms"
     offset = 0.0  # what is added to the weight
@@ -27,8 +27,12 @@ class NormProducer(Producer):
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         weight: Tensor | None = getattr(self, "weight", None)
         bias: Tensor | None = getattr(self, "bias", None)
-        dtype = worlds.autocast_dtype(x)
-        return noised_norm(x, weight, bias, *noise, self.kind, eps, self.offset, dtype)
+        sigma, seed, draw = noise
+        how = draw._replace(dim=-1), self.kind, eps, self.offset, worlds.autocast_dtype(x)
+        if draw.dim == -1:
+            return noised_norm(x, weight, bias, sigma, seed, *how)
+        u = noised_norm(x.movedim(draw.dim, -1), weight, bias, sigma, seed, *how)
+        return u.movedim(-1, draw.dim)
 
     def _set_up_norm(self, init_variance: float | Tensor, num_samples: int, device: Any) -> None:
         shape: tuple[int, ...] = tuple(self.normalized_shape)  # type: ignore[arg-type]
