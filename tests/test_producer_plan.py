@@ -618,6 +618,15 @@ def test_check_names_a_producer_that_was_replaced():
     assert dip.check(model, X)
     model.norm = nn.LayerNorm(8)
     assert "was replaced since it was converted" in dip.check(model, X, strict=False).faults["norm"]
+    model.act = nn.Identity()  # without weights, and its readers have no noise of their own
+    assert list(dip.check(model, X, strict=False).faults) == ["norm", "act"]
+
+
+def test_check_passes_a_layer_that_was_taken_out_beside_producers():
+    """As timm's reset_classifier(0) does, for a layer whose input no module of the plan makes."""
+    model = dip.convert(forward(functional_gelu)(), place="producer", batches=[X])
+    model.head = nn.Identity()
+    assert dip.check(model, X)
 
 
 PLACES = pytest.mark.parametrize("options", [{}, at_producers([X])], ids=["input", "producer"])

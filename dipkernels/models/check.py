@@ -145,6 +145,8 @@ def _replaced(model: nn.Module) -> dict[str, str]:
         # a parent remembers its own children alone, the model every layer
         depth = max((name.count(".") for name in names), default=0)
         renamed = sum(name.count(".") <= depth for name in dip_layers(root)) >= len(names)
+        plan = vars(root).get(PLAN)
+        producers = () if plan is None else [row.producer for row in plan.moved]
         for name in names:
             full_name = f"{prefix}.{name}".lstrip(".")
             try:
@@ -161,7 +163,7 @@ def _replaced(model: nn.Module) -> dict[str, str]:
                     found[full_name] = (
                         f"was put inside a {kind} since it was converted: convert again"
                     )
-            elif not (renamed or (PLAN not in vars(root) and not module.state_dict())):
+            elif not (renamed or (name not in producers and not module.state_dict())):
                 found[full_name] = (
                     f"was replaced since it was converted, by a {kind} without noise: convert again"
                 )
