@@ -85,6 +85,16 @@ def has_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def counting() -> bool:
+    """Whether torch's FlopCounterMode is on, which sees no product inside another operation than
+    torch's own."""
+    if tracing():
+        return False
+    modes = range(torch._C._len_torch_dispatch_stack())
+    kinds = [type(torch._C._get_dispatch_stack_at(i)) for i in modes]
+    return any(kind.__module__ == "torch.utils.flop_counter" for kind in kinds)
+
+
 def is_dtensor(x: object) -> TypeIs[DTensor]:
     """Whether x is a DTensor, told by name: importing its module takes longer than importing this
     package."""

@@ -13,6 +13,7 @@ from saved_support import saved_bytes
 from source_support import ROOT
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import dipkernels as dip
 from dipkernels import backends, functional, reference
@@ -37,7 +38,7 @@ def inputs(m=40, k=24, n=12, dtype=torch.float32, lead=()):
 
 
 def layer(x, weight, bias, sigma, dy=None, **options):
-    return functional.dip_linear(x, weight, bias, sigma, SEED, **options)
+    return functional.dip_linear(x, weight, bias, sigma, options.pop("seed", SEED), **options)
 
 
 def run(x, weight, bias, sigma, dy, **options):
@@ -129,6 +130,25 @@ def test_mean_of_no_features_is_that_of_the_bias(namespace):
     dbias = ops.linear_bwd(dy, x, *how)[2]
     want = dy.flatten(0, 1).sum(0) * (1 - torch.tanh(bias) ** 2)
     torch.testing.assert_close(dbias, want)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_samples": 3}, {"num_samples": 3, "activation": "gelu"}]
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_torch_counts_every_product(device, options):
+    """FlopCounterMode sees no product inside one of our operations; the numbers stay the same."""
+    x, weight, bias, sigma, dy = inputs(dtype=torch.bfloat16)
+    estimator = "mean" if "activation" in options else "sample"
+    plain = run(x, weight, bias, sigma, dy, estimator=estimator, **options)
+    tensors = [t.to(device) for t in (x, weight, bias, sigma, dy)]
+    with FlopCounterMode(display=False) as counter:
+        counted = run(*tensors, seed=SEED.to(device), estimator=estimator, **options)
+    products = 3 * (options["num_samples"] if estimator == "mean" else 1)  # forward, dx, dweight
+    assert counter.get_total_flops() == products * 2 * x.numel() * len(weight)
+    if device == "cpu":
+        for got, want in zip(counted, plain):
+            torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 def test_mean_refuses_samples_beyond_the_contract():

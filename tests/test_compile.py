@@ -395,6 +395,24 @@ def test_aot_inductor_packages_a_model(noisy, tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_aot_inductor_keeps_drawn_noise(tmp_path):
+    """As many draws as calls, of any batch, with the model's mean and spread."""
+    model, x = dip.convert(nn.Sequential(nn.Linear(8, 4)), 0.1), torch.randn(3, 8)
+    rows = torch.export.Dim("rows", min=2, max=512)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+    path = str(tmp_path / "model.pt2")
+    packaged = torch._inductor.aoti_load_package(
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+    )
+    draws = torch.stack([packaged(x[:1].expand(500, 8)) for _ in range(20)]).flatten(0, 1)
+    assert len(draws.unique(dim=0)) == len(draws)
+    spread = (0.1 * model[0].weight.square().sum(1)).sqrt()
+    z = (draws - model.eval()(x[:1])) / spread
+    assert (z.mean(0).abs() < 0.05).all() and ((z.std(0) - 1).abs() < 0.04).all()
+
+
 # ---- torch.func ----------------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from graph_support import (
     on_gpu,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import dipkernels as dip
 from dipkernels import backends, functional, worlds
@@ -160,6 +162,13 @@ def test_so_it_is_with_the_choices_of_a_gpu(name, dtype, triton_on_cpu):
     assert len(graphs.forward) == len(graphs.backward) == 1
     narrow = dtype is not torch.float32 and name != "keep u" and isinstance(layer, nn.Linear)
     check_passes(name, graphs, "dipkernels_triton", fused=narrow)
+
+
+def test_torch_counts_the_product_of_a_layer_that_draws_inside_it(triton_on_cpu):
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        layer = dip.DIPLinear(16, 8, dtype=torch.bfloat16)
+        layer(torch.randn(4, 16, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 16 * 8
 
 
 def check_passes(name, graphs, namespace="dipkernels", fused=False):

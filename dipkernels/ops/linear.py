@@ -216,8 +216,9 @@ def mean(
     check_weight(x, weight, dtype)
     # no Triton kernel multiplies in float64
     fused = x.device.type == "cpu" or x.dtype is not torch.float64
+    fused = fused and not (worlds.exporting() or worlds.counting())
     arguments = (x, weight, bias, sigma, seed, draw, num_samples, activation, dtype or x.dtype)
-    return (_fused if fused and not worlds.exporting() else _mean_pieces)(*arguments)
+    return (_fused if fused else _mean_pieces)(*arguments)
 
 
 def check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
