@@ -379,6 +379,29 @@ def test_a_saved_export_loads_again(tmp_path):
     torch.testing.assert_close(got, model(x))
 
 
+@pytest.mark.parametrize("options", [{"k": 4}, {"k": 4, "chunk": 2}, {"method": "analytic"}])
+def test_predict_exports(options):
+    class Server(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = dip.convert(
+                nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), 0.1
+            )
+
+        def forward(self, x):
+            return dip.predict(self.model, x, **options)
+
+    server, x = Server(), torch.randn(3, 8)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    exported = torch.export.export(server, (x,), dynamic_shapes=({0: rows},)).module()
+    assert torch.equal(exported(x), exported(x)) == ("method" in options)
+    for each in (x, torch.randn(7, 8)):
+        torch.manual_seed(4)
+        got = exported(each)
+        torch.manual_seed(4)
+        torch.testing.assert_close(got, server(each))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("noisy", [False, True])
 def test_aot_inductor_packages_a_model(noisy, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from .. import worlds
 from ..arguments import described, integer
 from ..models.check import require_finite
 from ..models.probe import eval_mode
@@ -112,7 +113,7 @@ def predict(
             "first, or pass k=0"
         )
     warn_of_equal_numbers(model)
-    if k > 0:
+    if k > 0 and not worlds.tracing():
         require_finite(layers)
     run: Callable[..., Any] = model
     if method == "analytic":
