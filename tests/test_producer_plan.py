@@ -699,6 +699,39 @@ def test_attention_on_several_tensors_keeps_its_projection():
     assert moved(plan) == {"layer.norm1": ("layer.self_attn",), "layer.norm3": ("layer.linear1",)}
 
 
+# ---- norms of other packages ---------------------------------------------------------------------
+
+
+class UnscaledNorm(nn.Module):
+    """RMSNorm without a weight, as nanochat writes it."""
+
+    eps = 1e-6
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+class UnscaledSum(UnscaledNorm):
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.eps)
+
+
+def test_a_norm_without_weights_moves():
+    plain = having(norm=UnscaledNorm())()
+    model = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[X])
+    assert moved(dip.summary(model).plan) == {"norm": ("a", "b"), "act": ("head",)}
+    shared = dip.convert(copy.deepcopy(plain), 0.25, share=[("a", "b")])
+    for here, there in {"stem": "stem", "norm": "a", "act": "head"}.items():
+        model.get_submodule(here).number = shared.get_submodule(there).number
+    with fixed_noise(3):
+        torch.testing.assert_close(model(X), shared(X), rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.eval()(X), plain(X))
+    assert_plain(dip.to_plain(model), plain)
+    plan = dip.producer_plan(having(norm=UnscaledSum())(), [X])
+    assert "UnscaledSum is not a LayerNorm" in left(plan)["a"]
+
+
 # ---- gated products ------------------------------------------------------------------------------
 
 

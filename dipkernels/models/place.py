@@ -227,7 +227,9 @@ class _Planner:
     ) -> Move | str:
         calls = self.watch.calls[producer]
         read_along = {dim for call in calls for dim in call.dims}
-        what = self._module_reason(producer) or self._form(producer, gated, read_along)
+        dim = self.dims[layers[0]] if gated is not None else max(read_along, default=-1)
+        features = features_of(layers[0])
+        what = self._module_reason(producer) or self._form(producer, gated, features, dim)
         if isinstance(what, str):
             return what
         base, facts = what
@@ -238,11 +240,10 @@ class _Planner:
             reason = reason or self._calls_reason(calls, layers)
         if reason:
             return reason
-        dim = self.dims[layers[0]] if gated is not None else next(iter(calls[0].dims))
         twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
         around = gated and (gated.block, gated_block_type(type(gated.block), gated.parts))
         name, where = self._name(producer), calls[0].device
-        return Move(producer, name, twin, features_of(layers[0]), tuple(layers), where, around)
+        return Move(producer, name, twin, features, tuple(layers), where, around)
 
     def _module_reason(self, module: Any) -> str:
         if len(self.names[module]) > 1:
@@ -289,7 +290,7 @@ class _Planner:
 
     @staticmethod
     def _form(
-        producer: nn.Module, gated: _Gated | None, read_along: set[int]
+        producer: nn.Module, gated: _Gated | None, features: int, dim: int
     ) -> tuple[type[Any], dict[str, Any]] | str:
         """What the producer's DIP class is made of, or why there is none."""
         kind = activation_kind(producer)
@@ -300,7 +301,7 @@ class _Planner:
                 f"{type(producer).__name__} is not an activation that the kernels know "
                 f"({', '.join(ACTIVATIONS)})"
             )
-        return norm_form(producer, max(read_along, default=-1))
+        return norm_form(producer, features, dim)
 
     # ---- gated products
 
@@ -381,10 +382,11 @@ def _with_slope(act: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Tensor]:
 
 
 @torch.no_grad()
-def norm_form(module: Any, dim: int) -> tuple[type[Any], dict[str, Any]] | str:
+def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str, Any]] | str:
     """What the DIP class of a norm over dimension `dim` is made of, or why there is none.
 
-    What another package's class computes is found on numbers, with weights of their own.
+    What another package's class computes is found on numbers, with weights of their own. features:
+    of what it makes, where it has no weights.
     """
     kind = type(module)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
@@ -402,15 +404,15 @@ def norm_form(module: Any, dim: int) -> tuple[type[Any], dict[str, Any]] | str:
     if (
         not _takes_one_input(module)
         or eps_name is None
-        or weight is None
-        or weight.ndim != 1
+        or (weight is not None and weight.ndim != 1)
         or parameters.keys() - {"weight", "bias"}
         or list(module.buffers())
     ):
         return none
-    if weight.is_meta:
+    if any(p.is_meta for p in parameters.values()):
         return "it has no values yet, so what it computes cannot be seen"
-    k, eps, device = len(weight), getattr(module, eps_name), weight.device
+    k, eps = features if weight is None else len(weight), getattr(module, eps_name)
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
     numbers = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(k, generator=numbers, device="cpu").to(device) for name in parameters
@@ -427,8 +429,9 @@ def norm_form(module: Any, dim: int) -> tuple[type[Any], dict[str, Any]] | str:
         y = None
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
         plain = F.layer_norm if form == "layer" else F.rms_norm
-        want = plain(x.double(), (k,), tensors["weight"].double() + offset, eps=eps)
+        scale = None if weight is None else tensors["weight"].double() + offset
+        want = plain(x.double(), (k,), scale, eps=eps)
         want = want + tensors.get("bias", torch.zeros(k, device=device))
         if y is not None and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4):
             return NormProducer, {"kind": form, "offset": offset, "eps_name": eps_name}
-    return none if dim == -1 or isinstance(norm_form(module, -1), str) else _OVER_THE_LAST
+    return none if dim == -1 or isinstance(norm_form(module, features, -1), str) else _OVER_THE_LAST
