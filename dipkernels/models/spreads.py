@@ -213,7 +213,11 @@ def measured_spreads(
         name for layer, name in shown.items() if layer not in seen or not seen[layer].count
     ]
     if unreached:
-        raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
+        raise ValueError(
+            f"batches: expected to reach every DIP layer, none reached {unreached}; give batches "
+            "that do, or leave these plain, convert(exclude=...). If what is around one reads its "
+            "weight without calling it, before=[...] noises the input of that"
+        )
     found = {name: seen[layer].spread() for name, layer in layers.items()}
     infinite = [name or "(root)" for name, each in found.items() if not bool(each.isfinite().all())]
     if infinite:
