@@ -796,6 +796,17 @@ class Split(Halves):
         return self.w2(up)
 
 
+class Function(Gated):
+    """As Meta's Llama writes it; the module of this name computes something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.silu = nn.Tanh()
+
+    def forward(self, hidden):
+        return self.w2(F.silu(self.w1(hidden)) * self.w3(hidden))
+
+
 @pytest.mark.parametrize("kind, read", [(Gated, "13"), (Named, "13"), (Halves, "1")])
 def test_a_gated_product_is_drawn_in_one_pass(kind, read):
     torch.manual_seed(0)
@@ -878,6 +889,12 @@ def test_a_gated_product_of_a_function_is_left_with_the_way_out(act, reason):
     assert re.search(reason, left(dip.producer_plan(model, [X]))["1.w2"])
     dip.convert(model, place="producer", batches=[X])
     assert isinstance(model[1].w2, DIPLinear)
+
+
+def test_a_gated_product_whose_code_names_a_function_is_left_with_the_way_out():
+    plan = dip.producer_plan(nn.Sequential(nn.LayerNorm(8), Function()), [X])
+    said = "calls F.silu, which is no module: use nn.SiLU() to move it"
+    assert left(plan)["1.w2"].endswith(said)
 
 
 # ---- the classes that people use -----------------------------------------------------------------

@@ -174,13 +174,13 @@ class _Planner:
             return None, None, f"it reads the network's own input{beside}"
         gated = self._gated(layer, made)
         if gated is not None:
-            act = getattr(gated.block, gated.parts[1])
+            act = getattr(gated.block, gated.parts[1], gated.parts[1])
             if isinstance(act, nn.Module):
                 return act, gated, ""
             where, name = self._shown(gated.block), getattr(act, "__name__", str(act))
             reason = f"its gated product in {where} calls {name}, which is no module"
-            way_out = f": use {_FUNCTIONS[name]} to move it" if name in _FUNCTIONS else ""
-            return None, None, reason + way_out
+            instead = _FUNCTIONS.get(name.rpartition(".")[2])
+            return None, None, reason + (f": use {instead} to move it" if instead else "")
         calls = [source.call for source in made if source.call is not None]
         if len(calls) == len(made) and len({call.module for call in calls}) == 1:
             return calls[0].module, None, self._layer_reason(layer)

@@ -9,6 +9,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import worlds
@@ -247,15 +248,28 @@ def _halves(self: Any, x: Tensor) -> Any:  # Phi-3, GLM-4
     return self.down(y)
 
 
+def _function(self: Any, x: Tensor) -> Any:  # Meta's Llama; no module that could draw
+    return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 _FORMS = [
     f.__code__
-    for f in (_gate_first, _up_first, _gate_first_named, _up_first_named, _product_named, _halves)
+    for f in (
+        _gate_first,
+        _up_first,
+        _gate_first_named,
+        _up_first_named,
+        _product_named,
+        _halves,
+        _function,
+    )
 ]
 
 
 def gated_parts(kind: type[nn.Module]) -> tuple[str, str, str, str] | None:
     """The names of down, act, gate and up where the class's forward is down(act(gate(x)) * up(x))
-    and nothing else; gate and up may be the halves of what one layer makes.
+    and nothing else; gate and up may be the halves of what one layer makes. act is "F.silu" where
+    the class calls that function.
 
     Told by its bytecode, which must be that of the same expression compiled here, but for the
     names.
@@ -268,7 +282,8 @@ def gated_parts(kind: type[nn.Module]) -> tuple[str, str, str, str] | None:
             named = dict(zip(form.co_names, code.co_names, strict=True))
             if named.get("chunk", "chunk") == "chunk":
                 gate = named["gate"]
-                return named["down"], named["act"], gate, named.get("up", gate)
+                act = f"{named['F']}.{named['silu']}" if "F" in named else named["act"]
+                return named["down"], act, gate, named.get("up", gate)
     return None
 
 
