@@ -74,7 +74,7 @@ def check_place(
         try:
             dip.convert(model, place=place, batches=[batch] if place == "producer" else None)
         except ValueError as problem:
-            return [f"{REFUSED}: {problem}"[:200]], {}
+            return [f"{REFUSED}: {str(problem).split(';')[0]}"[:200]], {}
     with torch.no_grad():
         before = run(plain.eval(), batch)
         if same(before, run(plain, batch)) and not same(before, run(model.eval(), batch)):
@@ -217,9 +217,9 @@ def report(kinds: list[str], rows: dict[str, dict[str, Any]]) -> str:
         f"{sums['moved']} of {sums['moved'] + sums['left']} |",
     ]
     faults = [(row["type"], fault) for row in done for fault in row.get("faults", ())]
-    lines += ["", *(f"- {kind}, {fault}" for kind, fault in faults)]
+    said = "\n".join(f"- {kind}, {fault}" for kind, fault in faults)
     trees = ", ".join(sorted({row["commit"] for row in done}))
-    return "\n".join([*lines, "", f"Trees at {trees}."])
+    return "\n\n".join(filter(None, ("\n".join(lines), said, f"Trees at {trees}.")))
 
 
 def main() -> int:
