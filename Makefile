@@ -6,7 +6,7 @@ IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: setup test test-all test-tools nvcc compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants \
-	soak long-tests \
+	soak sweep long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
 setup: $(VENV)/.deps $(VENV)/.built
@@ -171,6 +171,10 @@ long-tests: setup
 
 soak: setup
 	OMP_NUM_THREADS=1 $(PY) tools/verify/soak.py
+
+# docs/models.md has its table.
+sweep: setup
+	OMP_NUM_THREADS=1 $(PY) tools/verify/sweep.py --jobs $(JOBS)
 
 lint: setup
 	$(PY) -m ruff check .

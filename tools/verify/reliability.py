@@ -1,5 +1,5 @@
-"""Writes what a check measured into docs/reliability.md, between its markers, with machine,
-versions and date."""
+"""Writes what a check measured into docs/reliability.md or another page, between its markers, with
+machine, versions and date."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = "docs/reliability.md"
 
 
-def command_line(doc: str, records: str = "") -> argparse.ArgumentParser:
+def command_line(doc: str, records: str = "", page: str = PAGE) -> argparse.ArgumentParser:
     """With --record, which every check has; records: what it does besides."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
-    said = f"write the figures into docs/reliability.md{records}"
+    said = f"write the figures into {page}{records}"
     parser.add_argument("--record", action="store_true", help=said)
     return parser
 
 
-def record(name: str, text: str) -> None:
+def record(name: str, text: str, page: str = PAGE) -> None:
     """Write between <!-- name:begin --> and <!-- name:end -->."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     # here, and not above: mutants.py tests another copy of the package in forks of its process
@@ -31,4 +32,4 @@ def record(name: str, text: str) -> None:
     on = [f"{found['cpu']} ({found['instruction_set']}), {found['cores']} cores"]
     on += [f"Python {found['python']}, torch {found['torch']}", compiler.partition("\n")[0]]
     on += [f"commit {found['commit']}", found["date"][:10]]
-    report.fill(ROOT / "docs" / "reliability.md", name, f"{text.rstrip()}\n\nOn {'; '.join(on)}.")
+    report.fill(ROOT / page, name, f"{text.rstrip()}\n\nOn {'; '.join(on)}.")
