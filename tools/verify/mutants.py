@@ -133,10 +133,6 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "draw.h: how many lines are asked for ahead",
         "A prefetch changes the speed only.",
     ),
-    "af714d0c6e": (
-        "perturb.py: what stands for x outside of the tensor",
-        "Only u is made of x there, and u is not stored outside.",
-    ),
     "132efe5dff": (
         "expectation.cpp: a thread also takes the first tile of the next part",
         "Both compute it from the same numbers; past the last part there are no rows.",
