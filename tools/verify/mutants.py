@@ -76,7 +76,7 @@ dipkernels/**/row_blocks.py dipkernels/**/expectation.py: averaging properties
 dipkernels/**/functional.py: perturb linear averaging layers properties seeds worlds
     first_mistakes
 dipkernels/**/norm.py dipkernels/**/gate.py dipkernels/**/producer*.py: producers producer_modules
-    ops compile
+    ops compile producer_plan
 dipkernels/**/activation*.py: producers producer_modules averaging producer_plan
 dipkernels/**/attention.py: attention layers
 dipkernels/**/tracing.py: tracing worlds
