@@ -99,6 +99,29 @@ class ChannelRMSNorm(nn.Module):
         return y * self.weight[:, None, None]
 
 
+class WiderRMSNorm(ChannelRMSNorm):
+    """Over the channels and something else."""
+
+    def __init__(self, width, dims):
+        super().__init__(width)
+        self.dims = dims
+
+    def forward(self, x):
+        y = x * torch.rsqrt(x.square().mean(self.dims, keepdim=True) + self.eps)
+        return y * self.weight.view(-1, *[1] * (x.ndim - 2))
+
+
+@pytest.mark.parametrize(
+    "layer, dims",
+    [(nn.Conv1d, (1, 2)), (nn.Conv2d, (1, 3)), (nn.Conv2d, (1, 2)), (nn.Conv3d, (1, 3, 4))],
+)
+def test_a_norm_over_more_than_the_channels_stays(layer, dims):
+    model = nn.Sequential(layer(3, 4, 1), WiderRMSNorm(4, dims), layer(4, 2, 1))
+    images = torch.randn(2, 3, *[5] * (model[0].weight.ndim - 2))
+    plan = dip.producer_plan(model, [images])
+    assert "WiderRMSNorm is not a LayerNorm" in left(plan)["2"]
+
+
 def test_convolutions_and_attention_draw_the_noise_of_their_own_layers():
     torch.manual_seed(0)
     first = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)

@@ -417,14 +417,14 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
     tensors = {
         name: torch.randn(k, generator=numbers, device="cpu").to(device) for name in parameters
     }
-    scales = torch.tensor([1.0, eps**0.5, 30.0], device="cpu")[:, None, None]
-    x = (scales * (torch.randn(3, 2, k, generator=numbers, device="cpu") + 0.5)).to(device)
-    shape = (3, 2, *[1] * (-2 - dim), k)
+    # two of every dimension beside, which a norm over some of those too would feel
+    shape = (3, *[2] * max(1, -1 - dim), k)
+    scales = torch.tensor([1.0, eps**0.5, 30.0], device="cpu").view(3, *[1] * (len(shape) - 1))
+    x = (scales * (torch.randn(shape, generator=numbers, device="cpu") + 0.5)).to(device)
     try:
         with untouched(module):
-            given = (x.view(shape).movedim(-1, dim),)
-            y = torch.func.functional_call(module.eval(), tensors, given)
-            y = y.movedim(dim, -1).reshape(x.shape)
+            y = torch.func.functional_call(module.eval(), tensors, (x.movedim(-1, dim),))
+            y = y.movedim(dim, -1)
     except Exception:
         y = None
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
@@ -432,6 +432,10 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
         scale = None if weight is None else tensors["weight"].double() + offset
         want = plain(x.double(), (k,), scale, eps=eps)
         want = want + tensors.get("bias", torch.zeros(k, device=device))
-        if y is not None and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4):
+        if (
+            isinstance(y, Tensor)
+            and y.shape == want.shape
+            and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4)
+        ):
             return NormProducer, {"kind": form, "offset": offset, "eps_name": eps_name}
     return none if dim == -1 or isinstance(norm_form(module, features, -1), str) else _OVER_THE_LAST
