@@ -36,7 +36,7 @@ import torch  # noqa: F401  for the forks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutations import Mutation, found_table, mutations, shuffled, sources
-from reliability import ROOT, command_line, record
+from reliability import ROOT, command_line, record, tree
 
 STATE = ROOT / "out" / "mutants.json"
 PYTHON = sys.executable
@@ -370,10 +370,7 @@ class Runner:
         self.copy, self.timeout = copy, timeout
         self.state: dict = {}  # of this run
         self.stale = False  # whether the library is still that of a fault
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        self.commit = done.stdout.strip()
+        self.commit = tree()
 
     def try_one(self, drawn: Drawn) -> str:
         path = self.copy.folder / drawn.path

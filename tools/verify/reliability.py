@@ -20,6 +20,12 @@ def command_line(doc: str, records: str = "", page: str = PAGE) -> argparse.Argu
     return parser
 
 
+def tree() -> str:
+    """The commit that is checked out, for the rows of a run that goes on later."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
 def record(name: str, text: str, page: str = PAGE) -> None:
     """Write between <!-- name:begin --> and <!-- name:end -->."""
     sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -17,7 +17,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reliability import ROOT, command_line, record
+from reliability import ROOT, command_line, record, tree
 from small_models import NotBuilt, build, classes, run
 
 ROWS = ROOT / "out" / "sweep.jsonl"
@@ -233,9 +232,7 @@ def main() -> int:
     kinds = [k for k in sorted(CONFIG_MAPPING_NAMES) if args.only in k and classes(k)]
     if not kinds:
         parser.error(f"--only: expected part of a type's name, got {args.only!r}")
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    rows = load()
+    commit, rows = tree(), load()
     if not args.record:
         ROWS.parent.mkdir(exist_ok=True)
         torch.set_num_threads(1)
