@@ -21,8 +21,9 @@ def command_line(doc: str, records: str = "", page: str = PAGE) -> argparse.Argu
 
 
 def tree() -> str:
-    """The commit that is checked out, for the rows of a run that goes on later."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    """The commit that is checked out, with "-dirty" where a file differs, for the rows of a run
+    that goes on later."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
