@@ -320,6 +320,24 @@ def test_strides_are_divided_by_8_where_32_bits_hold_them(stride, vec):
     assert linear._divided(0, 64, x[:, -1].stride(0)) == (vec, [64 // vec, stride // vec])
 
 
+@pytest.mark.parametrize("sizes", [(3, 64), (64, 3)])
+def test_blocks_of_rows_lie_along_the_longer_row_dimension(sizes):
+    x = torch.empty(sizes[0], sizes[1] + 1, 16, device="meta")[:, :-1]
+    tiling = tiles.tiling(-1, 0, 4096, x)
+    assert (tiling.num_outer, tiling.num_inner) == (3, 64)
+
+
+@pytest.mark.parametrize("k, tile", [(64, "bwd_x"), (63, "bwd_x_unaligned")])
+def test_rows_off_16_bytes_have_a_tile_of_their_own(monkeypatch, k, tile):
+    def blocks(op, *sizes):
+        raise LookupError(op)
+
+    monkeypatch.setattr(linear, "blocks", blocks)
+    given = torch.ones(2, 8), torch.ones(8, k), torch.ones(k), SEED, 0, 0, 0, 1.0, False
+    with pytest.raises(LookupError, match=f"^{tile}$"):
+        linear.linear_bwd_x(*given)
+
+
 def test_float32_products_are_as_exact_as_cublas_is_told():
     """By either of torch's two interfaces, of which the older one cannot be read after the newer
     one was set."""
