@@ -95,19 +95,14 @@ def _as_wide_as(weight: Tensor, sigma: Tensor) -> Tensor:
     )
 
 
-def _require_whole(weight: Tensor) -> None:
-    if is_dtensor(weight):
-        raise TypeError(
-            "weight: expected it whole on this rank for an exact mean, got a DTensor of placements "
-            f"{tuple(weight.placements)}; take method='sample' in dip.predict, estimator='sample' "
-            "in a layer"
-        )
-
-
 def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same
     for every row. Raises TypeError for a weight in shards."""
-    _require_whole(weight)
+    if is_dtensor(weight):
+        raise TypeError(
+            "weight: expected it whole on this rank for an exact mean, got a DTensor of placements "
+            f"{tuple(weight.placements)}; take method='sample' in dip.predict"
+        )
     sigma = _as_wide_as(weight, sigma)
     if torch.is_grad_enabled() or worlds.transforming():
         return _variance_pieces(weight, sigma, log_variance)
@@ -185,6 +180,5 @@ def linear(
     log_variance: bool,
     activation: str,
 ) -> Tensor:
-    """The layer and its activation, in x's dtype. Raises TypeError for a weight in shards."""
-    _require_whole(weight)
+    """The layer and its activation, in x's dtype."""
     return _fused_linear(x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)

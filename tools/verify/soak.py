@@ -1,12 +1,13 @@
 """Many small calls in one process: memory stays flat, results stay the same.  docs/reliability.md.
 
-    python tools/verify/soak.py --calls 1000000
+    python tools/verify/soak.py --calls 2000000
         # layers' forward passes, backward too in every fourth
     python tools/verify/soak.py --minutes 120  # training steps for as long
     python tools/verify/soak.py --record  # the same, and the figures go to docs/reliability.md
 
 Memory is sampled a hundred times; the slope is fitted to the last half: before, the marks of drawn
-seeds fill their 2^16 places (seeds.py). It fails above one byte for each call.
+seeds (guards.py) fill their 2^16 places, and Python's allocator finds room for their changes. It
+fails above one byte for each call.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def slope(samples: list[tuple[int, int]]) -> float:
 
 def main() -> int:
     parser = command_line(__doc__)
-    parser.add_argument("--calls", type=int, default=1_000_000, help="of a layer (1,000,000)")
+    parser.add_argument("--calls", type=int, default=2_000_000, help="of a layer (2,000,000)")
     parser.add_argument("--minutes", type=float, help="instead of a number of calls: this long")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     args = parser.parse_args()
