@@ -6,6 +6,7 @@ import math
 import pickle
 import statistics
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -834,6 +835,31 @@ def test_calibrate_gives_token_models_less_noise_where_nothing_is_set():
     # whole numbers that are no input, and pixels, are no tokens
     model = convert(nn.Sequential(nn.Linear(64, 2)))
     for batch in ([(torch.randn(6, 64), torch.arange(6))], torch.randn(6, 64)):
+        assert calibrate(model, batch)[0].ratio == pytest.approx(1, rel=0.3)
+
+
+def test_calibrate_knows_tokens_by_the_embedding_that_reads_them():
+    class TwoTowers(nn.Module):  # open_clip's names
+        def __init__(self):
+            super().__init__()
+            self.embed, self.places = nn.Embedding(99, 64), nn.Embedding(64, 64)
+            self.visual, self.body = nn.Linear(64, 8), nn.Linear(64, 8)
+
+        def forward(self, image, text=None, mask=None, column=None):
+            x = self.visual(image)
+            if column is not None:
+                return x + self.body(self.embed(column))
+            if text is None:
+                return x + self.body(self.places(torch.arange(len(x)).expand(2, -1))).mean()
+            return x + self.body(self.embed(text[:, 1:])).mean(1) + mask.sum()
+
+    model, image, text = convert(TwoTowers()), torch.randn(64, 64), torch.randint(99, (64, 5))
+    given = {"image": image, "text": text, "mask": torch.ones(64, 5).long()}
+    for batch in (given, UserDict(given), [{"image": image}, given]):
+        assert calibrate(model, batch)[0].ratio == pytest.approx(0.1, rel=0.3)
+    # neither a table's column, nor places that the model makes itself, nor a mask of it
+    column = {"image": image, "column": text[:, 0]}
+    for batch in (column, {"image": image}, {"image": image, "mask": given["mask"]}):
         assert calibrate(model, batch)[0].ratio == pytest.approx(1, rel=0.3)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..arguments import real
+from ..nn.inputs import undense
 from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .parameters import check_settable, set_named
-from .probe import each_batch
+from .probe import each_batch, input_of
 from .spreads import FEW, Examples, measured_spreads
 from .summary import Summary, summary
 
@@ -31,6 +34,29 @@ def _holds_tokens(batch: object) -> bool:
     elif isinstance(batch, (list, tuple)):
         batch = batch[0] if batch else None
     return isinstance(batch, Tensor) and batch.dtype in (torch.int32, torch.int64)
+
+
+def _memory(x: object) -> int | None:
+    """Where that of a dense integer tensor [B, T], T > 1, begins; None for anything else."""
+    if type(x) is not Tensor or undense(x) is not None or x.ndim < 2 or x.shape[-1] < 2:
+        return None
+    return x.untyped_storage().data_ptr() if x.dtype in (torch.int32, torch.int64) else None
+
+
+@contextlib.contextmanager
+def _looked_up(model: nn.Module) -> Iterator[set[int | None]]:
+    """Inside, the `_memory` of all that the model's nn.Embedding read."""
+    found: set[int | None] = set()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.add(_memory(input_of(module, args, kwargs)))
+
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                hook = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.enter_context(hook)
+        yield found
 
 
 def check_per(per: object) -> None:
@@ -74,7 +100,8 @@ def calibrate(
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
         ratio: > 0, sigma over spread, of the prior and at the start. None: 1, and 0.1 where a batch
-            holds tokens (int32 or int64, a mapping's "input_ids" or "inputs_embeds").
+            holds tokens: int32 or int64 where the model gets one tensor, a mapping's "input_ids" or
+            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads as it is.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
             values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.
@@ -111,14 +138,18 @@ def calibrate(
     check_settable({full[name]: layer.variance for name, layer in layers.items()})
     tokens = False
 
-    def noted() -> Iterator[Any]:
+    def noted(looked_up: set[int | None]) -> Iterator[Any]:
         nonlocal tokens
         for batch in each_batch(batches):
-            tokens = tokens or _holds_tokens(batch)
-            yield batch
+            looked_up.clear()
+            yield batch  # and the model runs on it
+            leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+            own = {_memory(leaf) for leaf in leaves} - {None}
+            tokens = tokens or _holds_tokens(batch) or not looked_up.isdisjoint(own)
 
     first = Examples()
-    spreads = measured_spreads(model, noted(), first)
+    with _looked_up(model) as looked_up:
+        spreads = measured_spreads(model, noted(looked_up), first)
     share = _made_up_for(first)
     if start is None:  # a first input without features tells nothing
         start = math.sqrt(share or 1.0) if ratio is None else 1.0
