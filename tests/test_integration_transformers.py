@@ -1055,6 +1055,26 @@ def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):
         torch.testing.assert_close(start[name] - layer.log_variance, slope, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_the_callback_in_dpo_has_a_plain_reference_and_names_the_head_without_noise(tmp_path):
+    trl, modes = pytest.importorskip("trl"), {True: set(), False: set()}
+    given = {"processing_class": words(), "train_dataset": pairs(), "peft_config": lora()}
+    given["callbacks"] = [DIPCallback(dip.DIPConfig(m=1, key=None, init_variance=0.1))]
+    args = trl.DPOConfig(tmp_path, **{**SHORT, "bf16": False, "max_steps": 2})
+    trainer = trl.DPOTrainer(llama(), args=args, **given)
+    inner = trainer.model.get_base_model()
+    hooks = len(inner._forward_hooks), len(inner._forward_pre_hooks)
+    next(iter(dip_layers(trainer.model).values())).register_forward_pre_hook(
+        lambda *_: modes[torch.is_grad_enabled()].add(dip.noise.contexts.MODE)
+    )
+    with pytest.warns(UserWarning, match="after the first step") as said:
+        trainer.train()
+    assert modes == {True: {None}, False: {"off"}}
+    (report,) = [str(each.message) for each in said if "after the first step" in str(each.message)]
+    assert "1 of 15 DIP layer(s) at fault" in report and "lm_head" in report
+    assert hooks == (len(inner._forward_hooks), len(inner._forward_pre_hooks))
+
+
 @pytest.mark.parametrize(
     "config, message",
     [

@@ -159,6 +159,7 @@ def test_in_dims_none_passes_a_tensor_as_it_is():
         ((X, torch.tensor(1.0)), {}, r"^args\[1\]: .*got shape \(\)"),
         ((torch.tensor(1.0),), {}, r"^args\[0\]: .*the batch"),
         ((X, torch.zeros(2, 7).long()), {}, r"in_dims=None for .* edges do, .*torch.stack\(\["),
+        ((X, torch.ones(9, 7)), {}, r"in_dims=None for .* patches: torch.stack\(\["),
         ((X,), {"in_dims": 1}, "^in_dims: expected 0 or None for args"),
         ((X,), {"in_dims": (0, 0)}, "^in_dims: expected one entry for each of 1"),
         ((X,), {"in_dims": {"mask": None}}, r"^in_dims: .*\['mask'\]"),

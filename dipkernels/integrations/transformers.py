@@ -153,9 +153,6 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             one_start(model)
         self._dip_check_setting(config)
 
-    def _dip_of_trl(self) -> bool:
-        return any(c.__module__.startswith("trl.") for c in type(self).__mro__)
-
     def _dip_check_setting(self, config: DIPConfig) -> None:
         if self.args.n_gpu > 1 and config.key is not None:
             raise ValueError(
@@ -167,7 +164,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def _dip_without_fused_head(self, model: Any, config: DIPConfig) -> DIPConfig:
         """Without the head whose weight the trainer's loss reads past the layer: TRL's losses and
         Liger's."""
-        fused = self.args.use_liger_kernel or self._dip_of_trl()
+        fused = self.args.use_liger_kernel or _of_trl(self)
         if not (fused and hasattr(model, "get_output_embeddings")):
             return config
         head = model.get_output_embeddings()
@@ -228,7 +225,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **options: Any
     ) -> Tensor:
-        plain = _plain_without_gradients if self._dip_of_trl() else contextlib.nullcontext
+        plain = _plain_without_gradients if _of_trl(self) else contextlib.nullcontext
         if not self._dip_checked and self._dip_is_a_mean(inputs, num_items_in_batch):
             self.model_accepts_loss_kwargs, num_items_in_batch = False, None
         self._dip_loss_made = False
@@ -337,7 +334,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         n = self.args.gradient_accumulation_steps * ranks
         said = self.loss_is_scaled_for_ga is not None or self.compute_loss_func is not None
-        if items is None or n == 1 or said or self._dip_of_trl():
+        if items is None or n == 1 or said or _of_trl(self):
             return False
         own, losses = super().compute_loss, []
         for count in (items, 2 * items):
@@ -470,6 +467,10 @@ class DIPTrainer(DIPMixin, transformers.Trainer):
 # ---- parts ---------------------------------------------------------------------------------------
 
 
+def _of_trl(thing: object) -> bool:
+    return any(c.__module__.startswith("trl.") for c in type(thing).__mro__)
+
+
 def _logits(outputs: Any) -> Tensor:
     of_mapping = isinstance(outputs, Mapping)
     found = outputs.get("logits") if of_mapping else getattr(outputs, "logits", None)
@@ -594,7 +595,7 @@ class DIPCallback(transformers.TrainerCallback):
     DeepSpeed, and KL under fp16. It warns that the variances learn at the weights' rate, unless
     `optimizers` is made from `param_groups` after `dip.apply`. The logged loss and the clipped norm
     do not contain the KL term, and the trainer's loggers do not see sigma. `DIPMixin` does all of
-    this.
+    this. In TRL's trainers a pass without gradients is the plain network's, as with `DIPMixin`.
 
     Args:
         config: A config with m=1 and key=None; by default DIPConfig(m=1, key=None).
@@ -609,6 +610,7 @@ class DIPCallback(transformers.TrainerCallback):
         if config is not None and not isinstance(config, DIPConfig):
             raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
         self.config, self.batches = config or DIPConfig(m=1, key=None), batches
+        self._checked, self._training = False, contextlib.ExitStack()
         self._require_possible()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
@@ -646,9 +648,18 @@ class DIPCallback(transformers.TrainerCallback):
                 "callbacks: expected DIPCallback in Trainer(callbacks=[...]), got one that was "
                 "added later"
             )
+        self._training.close()  # of a run that an error ended
+        if _of_trl(args):
+            self._training.enter_context(_plain_without_gradients(options["model"]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self._training.close()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         model = options["model"]
+        if not self._checked:
+            self._checked = True
+            warn_of_faults(check(model, strict=False))
         parameters = list(learning_variances(model).values())
         if self.config.kl > 0 and parameters:
             gradients = torch.autograd.grad(kl_penalty(model, self.config.kl), parameters)

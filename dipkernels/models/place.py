@@ -396,7 +396,10 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
         return "its weights are DTensors: convert first, then parallelise"
     if kind in _NORMS:
         return _OVER_THE_LAST if dim != -1 else (_NORMS[kind], {})
-    none = f"{kind.__name__} is not a LayerNorm, RMSNorm or activation that the kernels know"
+    none = (
+        f"{kind.__module__}.{kind.__name__} is not a LayerNorm, RMSNorm or activation that the "
+        "kernels know"
+    )
     weight = parameters.get("weight")
     eps_name = next(
         (name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None

@@ -174,11 +174,14 @@ class _Fold:
         if size is None or size != self.batch:
             wanted = f"{self.batch}, as {self.first}" if self.batch is not None else "the batch"
             way_out = f"{self.as_it_is} for it passes it as it is"
-            if not (self.chunked or leaf.is_floating_point()):
-                way_out += (
-                    ". If it numbers the rows of another input, as a graph's edges do, m copies of "
-                    f"those would be wrong: {_STACKED}"
+            if not self.chunked:
+                kind = (
+                    "holds the parts of all examples in one row, as Qwen2-VL's patches"
+                    if leaf.is_floating_point()
+                    else "numbers the rows of another input, as a graph's edges do, m copies of "
+                    "those would be wrong"
                 )
+                way_out += f". If it {kind}: {_STACKED}"
             raise ValueError(
                 f"{name}: expected a tensor whose first size is {wanted}, got shape "
                 f"{tuple(leaf.shape)}; {way_out}"
