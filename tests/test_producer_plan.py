@@ -349,6 +349,10 @@ def having(make=net, **modules):
     return made
 
 
+class NormActivation(nn.Sequential):
+    """torchvision's Conv2dNormActivation: named after a norm, it may hold none."""
+
+
 def tied():
     model = net()
     model.again = model.norm
@@ -401,6 +405,12 @@ def dropped(self, y):
         ),
         (having(act=Callable()), "head", "Callable is not a LayerNorm, RMSNorm or activation"),
         (having(act=nn.LeakyReLU()), "head", "LeakyReLU is not a LayerNorm"),
+        (having(act=nn.PReLU()), "head", r"prelu in act \(PReLU\): .* that the kernels know"),
+        (
+            having(act=NormActivation(nn.GELU(), nn.Linear(12, 12))),
+            "head",
+            r"made by linear in act\.1 \(Linear\)",
+        ),
         (having(act=nn.ReLU6()), "head", "ReLU6 is not a LayerNorm"),  # relu below 6
         (having(act=nn.Hardtanh(0, 1e5)), "head", "Hardtanh is not a LayerNorm"),
         (having(act=OwnSlope()), "head", "OwnSlope is not a LayerNorm"),
@@ -502,6 +512,18 @@ def test_the_feature_dimension_is_followed_through_a_permutation():
     assert bool(model.act.log_variance.grad.any())
 
 
+@pytest.mark.parametrize("size", [5, 1])
+def test_an_activation_of_a_single_channel_moves(size):
+    model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.ReLU(), nn.Conv2d(1, 2, 1))
+    images = IMAGES[..., :size, :size]
+    dip.convert(model, 0.25, place="producer", batches=[images])
+    assert moved(dip.summary(model).plan) == {"1": ("2",)}
+    assert model[1].feature_dim == -3
+    with fixed_noise(3):
+        model(images).sum().backward()
+    assert bool(model[1].log_variance.grad.any())
+
+
 class Recurrent(Net):
     """One block called three times: its readers are the same each time."""
 
@@ -523,6 +545,40 @@ def test_a_block_that_is_called_again_moves_and_draws_afresh():
     model.a.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     model(torch.zeros_like(X))
     assert len(seen) == 3 and not torch.equal(seen[1] - seen[0], seen[2] - seen[1])
+
+
+class Skipping(nn.Module):
+    """LayerDrop: training skips blocks at random, and the head reads the norm of the last that
+    ran."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.blocks, self.head, self.draw = nn.ModuleList(map(block, range(4))), block(4), draw
+
+    def forward(self, x):
+        for layer in self.blocks:
+            if not self.training or self.draw() < 0.5:
+                x = layer(x)
+        return self.head(x)
+
+
+def block(_):
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: float(torch.rand([])), random.random, lambda: np.random.uniform()]
+)
+def test_what_training_skips_at_random_is_planned_alike_every_time(draw):
+    plans = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        plans.add(dip.producer_plan(Skipping(draw), [X]))
+    assert len(plans) == 1
+    several = dip.producer_plan(Skipping(draw), [X] * 4)  # each is another draw
+    assert "head.0" in left(several)
 
 
 def test_the_probe_changes_nothing():

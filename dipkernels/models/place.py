@@ -218,7 +218,10 @@ class _Planner:
                 "down(act(gate(x)) * up(x)) with factors of one shape and dtype: if it is a gated "
                 "product all the same, put a DIPGatedActivation there by hand"
             )
-        return f"its input is made by {op} in {where}: no norm, activation or gated product"
+        return (
+            f"its input is made by {op} in {where}: no norm, activation or gated product that the "
+            "kernels know"
+        )
 
     # ---- what can move
 
@@ -332,7 +335,7 @@ class _Planner:
 def _may_produce(module: nn.Module) -> bool:
     """By the look of it: a norm, or a leaf without weights. What it computes is looked at where a
     layer reads it."""
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, (torch.jit.ScriptModule, nn.Sequential)):  # its children make it
         return False
     if "Norm" in type(module).__name__ or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return True

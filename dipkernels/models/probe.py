@@ -112,6 +112,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
+def seed_alike() -> None:
+    """Seed the host's random generators, inside `untouched`: a model then skips the same blocks
+    (LayerDrop) in every process and at every conversion."""
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if numpy_random := sys.modules.get("numpy.random"):
+        numpy_random.seed(0)
+
+
 def each_batch(batches: Iterable[Any]) -> Iterable[Any]:
     """The batches; of a single one, a tensor or a mapping, a list of one."""
     if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):

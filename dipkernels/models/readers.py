@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .probe import for_each, input_of, leaves, run_batch, shown, untouched
+from .probe import for_each, input_of, leaves, run_batch, seed_alike, shown, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
@@ -45,6 +45,8 @@ def dimension_in(made: Layout, seen: Layout, dim: int) -> int | None:
     what is read.
     """
     k, stride = seen.sizes[dim], seen.strides[dim]
+    if k == 1 and made == seen:  # no stride tells a single feature's dimension
+        return dim % len(seen.sizes)
     found = [i for i, size in enumerate(made.sizes) if size == k > 1 and made.strides[i] == stride]
     if len(found) != 1:
         return None
@@ -177,6 +179,7 @@ class Watch(TorchDispatchMode):
                 hooks.enter_context(m.register_forward_pre_hook(self._enter, with_kwargs=True))
                 leave = m.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
                 hooks.enter_context(leave)
+            seed_alike()
             for_each(model, batches, both)
 
     def _pass(self, model: nn.Module, batch: Any) -> None:
