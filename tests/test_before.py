@@ -295,7 +295,7 @@ def beside_a_head(module, features=8):
     [
         (
             Net,
-            r"(?s)2 module\(s\).*blocks\.\*\.router \(Router, 2 of them\): \d"
+            r"(?s)4 module\(s\).*blocks\.\*\.router \(Router, 2 of them\): \d"
             r".*blocks\.\*\.experts \(Experts, 2 of them\): 9\d\.\d%",
         ),
         (lambda: beside_a_head(PygLinear(8, 4), 4), r"odd \(PygLinear\): 66\.7%.*\(weight\)"),
@@ -355,7 +355,7 @@ def test_what_is_no_weight_is_not_named():
             self.table = nn.Parameter(torch.randn(7, 3))
             self.place = nn.Parameter(torch.zeros(17, 8))
             self.words, self.norm = nn.Embedding(99, 8), nn.LayerNorm([4, 8])
-            self.head, self.lazy = nn.Linear(8, 999), nn.LazyConvTranspose2d(3, 3)
+            self.head, self.lazy = nn.Linear(8, 999), nn.LazyBatchNorm1d()
             self.encoder, self.bias = PositionalEncoding(), Bias()
 
     dip.convert(Quiet())
@@ -363,6 +363,43 @@ def test_what_is_no_weight_is_not_named():
         dip.convert(nn.Sequential(Experts()))
     # types that were left out on purpose are not named
     dip.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), types=(nn.Linear,))
+
+
+def test_a_model_of_another_packages_layers_is_refused_with_the_way_out():
+    kind = type("Linear", (PygLinear,), {"__module__": "graphs.dense"})
+    model = nn.Sequential(kind(8, 8), nn.ReLU(), kind(8, 8))
+    said = r"2 module\(s\) .*: 0, 2 \(graphs's Linear, 2 of them\): 100.0% .*before=\['0', '2'\]"
+    with pytest.raises(ValueError, match=said):
+        dip.convert(model)
+    with pytest.raises(ValueError, match=r"let through$"):
+        dip.convert(model, exclude=["*"])
+    dip.convert(model, before=["0", "2"], batches=[X])
+    assert list(dip_layers(model)) == ["0", "2"]
+
+
+class LazyKernel(nn.Module):
+    """As torch_geometric's Linear(-1, ...): no class of torch's for lazy layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.UninitializedParameter()
+
+    def forward(self, x):
+        if nn.parameter.is_lazy(self.weight):
+            self.weight.materialize((8, x.shape[-1]))
+            nn.init.ones_(self.weight)
+        return F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("make", [LazyKernel, lambda: nn.LazyConvTranspose2d(3, 3)])
+def test_layers_without_a_first_batch_are_named(make):
+    model = nn.ModuleDict({"odd": make(), "head": nn.Linear(8, 8)})
+    with pytest.warns(dip.DIPConversionWarning, match=r"odd \(Lazy\w*\): lazy: run one batch"):
+        dip.convert(model)
+    dip.convert(nn.ModuleDict({"odd": make(), "head": nn.Linear(8, 8)}), exclude=["odd"])
+    linear = nn.ModuleDict({"odd": make(), "head": nn.Linear(8, 8)})
+    dip.convert(linear, filter=lambda module, name: isinstance(module, nn.Linear))
+    assert list(dip_layers(linear)) == ["head"]
 
 
 # ---- weights that are read past their layer ------------------------------------------------------

@@ -405,6 +405,23 @@ def test_a_subclass_that_keeps_the_forward_is_converted_as_its_class(make, like,
     assert type(to_plain(model)[0]) is make
 
 
+def test_layers_that_differ_in_their_numbers_alone_are_named_in_one_line():
+    blocks = [nn.ModuleDict({"odd": Scaled(4, 4), "good": nn.Linear(4, 4)}) for _ in range(3)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "last": Scaled(4, 4)})
+    with pytest.warns(DIPConversionWarning) as caught:
+        convert(model)
+    head, *lines = str(caught[0].message).splitlines()
+    assert "4 module(s)" in head
+    assert [line.partition(":")[0].strip() for line in lines] == [
+        "blocks.*.odd (Scaled, 3 of them)",
+        "last (Scaled)",
+    ]
+    # a pattern that would match another module is not shown
+    model["blocks"][0]["odd"].inner = nn.ModuleDict({"odd": nn.Linear(4, 4)})
+    with pytest.warns(DIPConversionWarning, match=r"blocks\.0\.odd, blocks\.1\.odd, blocks\.2"):
+        convert(model)
+
+
 def test_a_parametrised_out_projection_is_named_and_its_attention_converted():
     attention = nn.MultiheadAttention(4, 2)
     weight_norm(attention.out_proj)
@@ -431,9 +448,8 @@ def test_attention_that_types_leave_out_is_named_once_for_the_whole_model():
     with pytest.warns(DIPConversionWarning) as caught:
         convert(model, types=(nn.Linear,))
     (warning,) = caught
-    for i in range(2):
-        left = f"layers.{i}.self_attn.out_proj (NonDynamicallyQuantizableLinear)"
-        assert left in str(warning.message)
+    left = "layers.*.self_attn.out_proj (NonDynamicallyQuantizableLinear, 2 of them)"
+    assert "2 module(s)" in str(warning.message) and left in str(warning.message)
     assert names(model) == [f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
 
 

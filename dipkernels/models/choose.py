@@ -17,16 +17,20 @@ from .convertible import (
     TWINS,
     Names,
     Types,
+    alike,
     base_layer,
     block_names,
     cannot,
     counts_as,
     feature_dim_of,
+    has_lazy_weights,
     is_candidate,
     is_inside,
     keeps_original,
     no_twin,
     own_matrices,
+    shown_together,
+    unnoised,
 )
 from .patterns import Patterns, around, strings
 from .probe import NOISED_BY, PLAN, plain_names
@@ -76,7 +80,8 @@ def choose(
     reasons = {m: why for m, why in impossible.items() if m in wanted and m not in asked}
     matched = _matched(names, wanted - asked.keys() - reasons.keys(), kinds)
     if not matched and not asked:
-        raise ValueError(_nothing_matched(model, kinds, reasons))
+        holders = unnoised(names, names.keys() - wanted | reasons.keys(), block_names(names, kinds))
+        raise ValueError(_nothing_matched(model, kinds, names, alike(reasons, names) | holders))
     return Choice(kinds, names, excluded, wanted, asked, reasons, matched, noised)
 
 
@@ -166,7 +171,7 @@ def _passes(
 ) -> bool:
     if is_candidate(module, types):
         return filter(module, name)
-    if not own_matrices(module):
+    if not (own_matrices(module) or has_lazy_weights(module)):
         return True
     try:
         return filter(module, name)
@@ -197,7 +202,9 @@ def _matched(names: Names, candidates: set[nn.Module], types: Types) -> list[nn.
     return [m for m in matched if type(m) is not OUT_PROJECTION or m in owners]
 
 
-def _nothing_matched(model: nn.Module, types: Types, reasons: dict[nn.Module, str]) -> str:
+def _nothing_matched(
+    model: nn.Module, types: Types, names: Names, left: Mapping[tuple[nn.Module, ...], str]
+) -> str:
     wanted = " or ".join(f"nn.{t.__name__}" for t in types)
     text = (
         f"model: expected a {wanted} to convert, found none that types, filter and exclude let "
@@ -206,8 +213,9 @@ def _nothing_matched(model: nn.Module, types: Types, reasons: dict[nn.Module, st
     already = len(dip_layers(model))
     if already:
         text += f"; {already} layer(s) are DIP layers already"
-    if reasons:
-        text += f"; {len(reasons)} module(s) cannot be converted: " + ", ".join(
-            f"{type(m).__name__} ({reason})" for m, reason in list(reasons.items())[:5]
+    if left:
+        text += f"; {sum(map(len, left))} module(s) cannot be converted: " + "; ".join(
+            f"{shown_together(modules, names)}: {reason}"
+            for modules, reason in list(left.items())[:5]
         )
     return text

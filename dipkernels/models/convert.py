@@ -25,6 +25,7 @@ from .choose import Choice, choose
 from .convertible import (
     TWINS,
     Names,
+    alike,
     base_layer,
     block_names,
     feature_dim_of,
@@ -32,12 +33,13 @@ from .convertible import (
     forward_set_by,
     is_candidate,
     read_past,
+    shown_together,
     twin_of,
     unnoised,
 )
 from .patterns import Patterns, shared_groups
 from .place import UNREACHED, Move, ProducerPlan, find_moves
-from .probe import NOISED_BY, PLAN, forget, listed, probed, remember, shown
+from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
 
 
 class DIPConversionWarning(UserWarning):
@@ -478,20 +480,16 @@ def _warn_without_noise(choice: Choice) -> None:
         kind: Any = type(whole)
         past = read_past(kind)
         answered |= {child for name, child in whole.named_children() if name in past}
-    lines = [
-        f"  {shown(names[m][0], m)}: {reason}"
-        for m, reason in choice.reasons.items()
-        if m not in answered
-    ]
+    refused = {m: reason for m, reason in choice.reasons.items() if m not in answered}
     unwanted = names.keys() - choice.wanted
     quiet = {*choice.matched, *asked, *choice.reasons, *unwanted}
-    holders = unnoised(names, quiet, block_names(names, choice.types))
-    lines += [f"  {which}: {reason}" for which, reason in holders.items()]
-    if lines:
+    found = alike(refused, names) | unnoised(names, quiet, block_names(names, choice.types))
+    if found:
         text = (
-            f"convert: {len(lines)} module(s) stay without noise. To end this warning, name them "
-            "in exclude=[...]:\n"
+            f"convert: {sum(map(len, found))} module(s) stay without noise. To end this warning, "
+            "name them in exclude=[...]:\n"
         )
+        lines = [f"  {shown_together(ms, names)}: {reason}" for ms, reason in found.items()]
         warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
 
 

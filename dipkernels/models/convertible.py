@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 import types as python_types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ _QUANTISED = re.compile(
 _OWN_NAMES = {"variance", "num_samples", "keep", "plain_type"}
 _OWN_NAMES |= {name for name in vars(DIPLayer) if not hasattr(nn.Module, name)}
 _OWN_NAMES -= {"reset_parameters", "__prepare_scriptable__"}
+_LAZY = "lazy: run one batch through the model, then convert"
+_TORCHS = {kind.__name__ for kind in TWINS}
 
 
 # ---- what a module is ----------------------------------------------------------------------------
@@ -164,6 +166,7 @@ def cannot(names: Names, types: Types) -> dict[nn.Module, str]:
     reason."""
     reasons = {module: reason for module in names if (reason := _reason(module, types))}
     by_name = {name: module for module, every_name in names.items() for name in every_name}
+    readers: dict[type[Any], dict[nn.Module, nn.Module]] = {}  # {class: {layer: what reads it}}
     for module, every_name in names.items():
         if module in reasons or type(module) is OUT_PROJECTION or not is_candidate(module, types):
             continue
@@ -171,10 +174,14 @@ def cannot(names: Names, types: Types) -> dict[nn.Module, str]:
             parent, _, own = name.rpartition(".")
             kind: Any = type(by_name[parent])
             if name and own in read_past(kind):
-                reasons[module] = (
-                    f"{kind.__name__} reads its weight without calling it: before=[{parent!r}] "
-                    "puts noise at the input of the whole"
-                )
+                readers.setdefault(kind, {})[module] = by_name[parent]
+    for kind, read in readers.items():
+        way_out = f"before={_patterns(list(dict.fromkeys(read.values())), names)}"
+        reasons |= dict.fromkeys(
+            read,
+            f"{kind.__name__} reads its weight without calling it: {way_out} puts noise at the "
+            "input of the whole",
+        )
     blocks = block_names(names, types)
     return {m: reason for m, reason in reasons.items() if not is_inside(names[m], blocks)}
 
@@ -238,10 +245,12 @@ def _reason(module: nn.Module, types: Types) -> str | None:
             "quantised: give its name in before=[...] to noise its input; to quantise a converted "
             "model, call to_plain first"
         )
+    if is_candidate(module, types) and isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return _LAZY
+    if has_lazy_weights(module) and not _is_quiet(module):
+        return _LAZY
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "lazy: run one batch through the model, then convert"
     if kind is OUT_PROJECTION and nn.MultiheadAttention not in types:
         return (
             "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention "
@@ -435,6 +444,11 @@ def own_matrices(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in parameters.items() if _is_matrix(p)}
 
 
+def has_lazy_weights(module: nn.Module) -> bool:
+    """Whether Parameters of its own get their shapes from a first batch."""
+    return any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
+
+
 def _is_matrix(p: Tensor) -> bool:
     if nn.parameter.is_lazy(p) or not (p.is_floating_point() or p.is_complex()):
         return False
@@ -442,9 +456,11 @@ def _is_matrix(p: Tensor) -> bool:
     return sum(size != 1 for size in p.shape) >= 2 and not embedded
 
 
-def unnoised(names: Names, known: set[nn.Module], blocks: set[str]) -> dict[str, str]:
-    """{names: reason} for the modules that are no layer of `types` and hold matrix weights, one
-    line for each class.
+def unnoised(
+    names: Names, known: set[nn.Module], blocks: set[str]
+) -> dict[tuple[nn.Module, ...], str]:
+    """{modules: reason} for those that are no layer of `types` and hold matrix weights, one entry
+    for each class.
 
     known: what is converted, left out on purpose, or named already. Small ones, such as a table of
     relative positions, count as layers only where the name of a matrix begins with `weight`.
@@ -462,25 +478,23 @@ def unnoised(names: Names, known: set[nn.Module], blocks: set[str]) -> dict[str,
         if around_layers and all(p.ndim == 2 and "weight" not in name for name, p in own.items()):
             continue  # positions, tokens, states: a model's or a block's own, beside its layers
         by_class.setdefault(type(module), []).append(module)
-    lines = {}
+    found = {}
     for kind, modules in by_class.items():
         matrices = [own_matrices(m) for m in modules]
         share = sum(p.numel() for each in matrices for p in each.values()) / total
         a_layer = any(name.startswith("weight") for each in matrices for name in each)
         if share < _LEAST_SHARE and not a_layer:
             continue
-        others = [name for m in names if m not in modules for name in names[m]]
-        patterns = _patterns([names[m][0] for m in modules], others)
+        patterns = _patterns(modules, names)
         called = list(dict.fromkeys(name for each in matrices for name in each))
         shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
-        count = f", {len(modules)} of them" if len(modules) > 1 else ""
         elsewhere = "; {pattern: dimension} says where its features are, if not in the last one"
         elsewhere *= not kind.__module__.startswith("torch.nn.")
-        lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
+        found[tuple(modules)] = (
             f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which "
             f"get no noise: before={patterns} with batches=[...] puts noise at its input{elsewhere}"
         )
-    return lines
+    return found
 
 
 def _is_quiet(module: nn.Module) -> bool:
@@ -492,14 +506,44 @@ def _is_quiet(module: nn.Module) -> bool:
     return plain or table or known or package.startswith("peft.")
 
 
-def _patterns(every_name: list[str], others: list[str]) -> list[str]:
-    """Patterns for these names, one for those that differ in their numbers alone; none matches one
-    of the others."""
+# ---- how they are named together -----------------------------------------------------------------
+
+
+def alike(reasons: Mapping[nn.Module, str], names: Names) -> dict[tuple[nn.Module, ...], str]:
+    """{modules: reason}, one entry for those of one class and reason whose names differ in their
+    numbers alone."""
+    groups: dict[tuple[type, str, str], list[nn.Module]] = {}
+    for module, reason in reasons.items():
+        groups.setdefault((type(module), reason, _wide(names[module][0])), []).append(module)
+    return {tuple(modules): reason for (_, reason, _), modules in groups.items()}
+
+
+def shown_together(modules: Sequence[nn.Module], names: Names) -> str:
+    """Modules of one class in a warning or an error."""
+    first = modules[0]
+    kind, origin = type(first).__name__, type(first).__module__.partition(".")[0]
+    if kind in _TORCHS and origin != "torch" and not is_adapter(first):
+        kind = f"{origin}'s {kind}"  # torch_geometric's Linear
+    if len(modules) > 1:
+        kind += f", {len(modules)} of them"
+    patterns = ", ".join(_patterns(modules, names)) or "the model itself"
+    return f"{patterns} ({kind})"
+
+
+def _patterns(modules: Sequence[nn.Module], names: Names) -> list[str]:
+    """Patterns for the names of these, one for those that differ in their numbers alone; none
+    matches another module's."""
+    others = [name for m in names.keys() - set(modules) for name in names[m]]
     by_pattern: dict[str, list[str]] = {}
-    for name in every_name:
-        by_pattern.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(name)
+    for module in modules:
+        by_pattern.setdefault(_wide(names[module][0]), []).append(names[module][0])
     patterns: list[str] = []
-    for pattern, alike in by_pattern.items():
-        wide = len(alike) > 1 and not Patterns("before", [pattern]).all(*others)
-        patterns += [pattern] if wide else alike
+    for pattern, every_name in by_pattern.items():
+        wide = len(every_name) > 1 and not Patterns("before", [pattern]).all(*others)
+        patterns += [pattern] if wide else every_name
     return patterns
+
+
+def _wide(name: str) -> str:
+    """A pattern for the names that differ from this one in their numbers alone."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
