@@ -268,6 +268,39 @@ def test_what_a_loss_is_divided_by_is_found_as_in_a_step(base, told, tmp_path):
     assert trainer.model_accepts_loss_kwargs is not bool(told)
 
 
+class Sums(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(pixel_values=inputs["pixel_values"])
+        loss = F.cross_entropy(out.logits, inputs["labels"], reduction="sum")
+        return (loss, out) if return_outputs else loss
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_a_sum_over_the_batch_is_divided_by_the_number_of_trajectories(m, tmp_path):
+    config, found = dip.DIPConfig(ratio=0.5, m=m, kl=0), []
+    for base in (transformers.Trainer, Sums):
+        trainer = noisy(tmp_path, config, kind=type("Behind", (DIPMixin, base), {}), max_steps=1)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.train()
+        told = sum("is a sum over the batch" in str(w.message) for w in said)
+        assert told == (base is Sums and m > 1)
+        found += losses(trainer)
+    assert found[1] == pytest.approx(SHORT["per_device_train_batch_size"] * found[0], rel=1e-5)
+
+
+def test_the_ctc_loss_of_transformers_is_found_to_be_a_sum(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    sizes |= {"conv_dim": (8,), "conv_stride": (8,), "conv_kernel": (8,), "intermediate_size": 16}
+    sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.5}
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(mask_time_length=2, **sizes))
+    data = [{"input_values": torch.randn(400), "labels": torch.arange(1, 5)} for _ in range(8)]
+    trainer = noisy(tmp_path, model=model, given={"train_dataset": data}, max_steps=1)
+    with pytest.warns(UserWarning, match="the loss of Wav2Vec2ForCTC is a sum over the batch"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("kind", ["mixin", "callback"])
 def test_early_stopping_leaves_the_best_model_and_its_variances(kind, tmp_path):
     args = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}

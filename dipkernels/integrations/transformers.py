@@ -104,7 +104,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         self._dip_asked, self._dip_started = dip, False
         self._dip_batches = integer("calibration_batches", calibration_batches, 1)
         self._dip_at: tuple[Any, int, int] = (None, -1, 0)  # state of the run, step, micro-batch
-        self._dip_checked = self._dip_loss_made = False
+        self._dip_checked = self._dip_loss_made = self._dip_adds_examples = False
         super().__init__(*args, **options)
         self._dip_started = True
         if is_deepspeed_zero3_enabled():
@@ -228,6 +228,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         plain = _plain_without_gradients if _of_trl(self) else contextlib.nullcontext
         if not self._dip_checked and self._dip_is_a_mean(inputs, num_items_in_batch):
             self.model_accepts_loss_kwargs, num_items_in_batch = False, None
+        if not self._dip_checked:
+            self._dip_adds_examples = self._dip_is_a_sum(inputs, num_items_in_batch)
         self._dip_loss_made = False
         with self._dip_noise(inputs), plain(self.model):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch, **options)
@@ -296,6 +298,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             lambda answer: _logits(answer[1]) if config.lambda_s > 0 else None,
         )
         loss, outputs = answer if with_outputs else (answer, None)
+        if self._dip_adds_examples:
+            loss = loss / config.m
         # Where the micro-batches' losses are added up, each has its part of what a step has once.
         adds_up = self._dip_adds_up(num_items_in_batch)
         part = 1 / self.current_gradient_accumulation_steps if adds_up else 1.0
@@ -352,6 +356,38 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             f"dipkernels: the loss of {type(self.model).__name__} is not divided by "
             f"num_items_in_batch, so the Trainer would make it {n} times as large beside the KL "
             "term; it is taken for a mean, as by trainer.model_accepts_loss_kwargs = False",
+            stacklevel=3,
+        )
+        return True
+
+    def _dip_is_a_sum(self, inputs: Any, items: Any) -> bool:
+        """Whether the trainer's loss adds up the examples, so that m trajectories would make it m
+        times as large. So does CTC's in transformers by default. Asked once; all ranks answer as
+        one."""
+        m, own, losses = self.dip_config.m, super().compute_loss, []
+        if m == 1 or _of_trl(self):
+            return False
+        for times in (1, m):
+            count = None if items is None else items * times
+            run = functools.partial(own, self.model, num_items_in_batch=count)
+            # what only runs in training is asked nothing; another error comes again in the step
+            with (
+                untouched(self.model),
+                noise_off(),
+                self.compute_loss_context_manager(),
+                contextlib.suppress(Exception),
+            ):
+                self.model.eval()  # without dropout the two differ by a factor alone
+                loss, _ = on_trajectories(run, dict(self._prepare_inputs(inputs)), times)
+                losses.append(loss.mean().item())
+        one, many = losses if len(losses) == 2 else (0.0, 0.0)
+        found = [int(one != 0 and math.isclose(many, m * one, rel_tol=1e-3))]
+        if not self.accelerator.gather(torch.tensor(found, device=self.args.device)).any():
+            return False
+        warnings.warn(
+            f"dipkernels: the loss of {type(self.model).__name__} is a sum over the batch; it is "
+            f"divided by m = {m}, the number of trajectories. The KL term beside it is made for a "
+            "mean: take one (a CTC model's config.ctc_loss_reduction = 'mean'), or a larger kl",
             stacklevel=3,
         )
         return True
