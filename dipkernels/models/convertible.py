@@ -533,13 +533,15 @@ def shown_together(modules: Sequence[nn.Module], names: Names) -> str:
 def _patterns(modules: Sequence[nn.Module], names: Names) -> list[str]:
     """Patterns for the names of these, one for those that differ in their numbers alone; none
     matches another module's."""
-    others = [name for m in names.keys() - set(modules) for name in names[m]]
+    own = set(modules)
     by_pattern: dict[str, list[str]] = {}
     for module in modules:
         by_pattern.setdefault(_wide(names[module][0]), []).append(names[module][0])
     patterns: list[str] = []
     for pattern, every_name in by_pattern.items():
-        wide = len(every_name) > 1 and not Patterns("before", [pattern]).all(*others)
+        wide = len(every_name) > 1 and not Patterns("before", [pattern]).all(
+            *(name for m in names if m not in own for name in names[m])
+        )
         patterns += [pattern] if wide else every_name
     return patterns
 
