@@ -215,8 +215,9 @@ def measured_spreads(
     if unreached:
         raise ValueError(
             f"batches: expected to reach every DIP layer, none reached {unreached}; give batches "
-            "that do, or leave these plain, convert(exclude=...). If what is around one reads its "
-            "weight without calling it, before=[...] noises the input of that"
+            "that do, or leave these plain, convert(exclude=...): no batch reaches what training "
+            "alone calls (an auxiliary head). If what is around one reads its weight without "
+            "calling it, before=[...] noises the input of that"
         )
     found = {name: seen[layer].spread() for name, layer in layers.items()}
     infinite = [name or "(root)" for name, each in found.items() if not bool(each.isfinite().all())]
