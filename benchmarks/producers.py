@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 
 import machine
 import peers
@@ -28,16 +27,10 @@ from torch import Tensor
 
 import dipkernels as dip
 from dipkernels import functional, producers
+from dipkernels.ops.activations import ACTIVATIONS
 
 SHAPES = [(4096, 1024), (2048, 768), (256, 1024)]
 QUICK_SHAPES = [(9, 64)]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 KINDS = ("layer", "rms", *ACTIVATIONS, "gated silu", "gated gelu")
 EPS = 1e-5
 VARIANTS = ("f", "P", "f, P", "f, P, compiled")

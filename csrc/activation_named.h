@@ -8,7 +8,10 @@ namespace dip {
 inline int activation_named(const std::string& name) {
   for (int kind = 0; kind < kNumActivations; ++kind)
     if (name == kActivationNames[kind]) return kind;
-  STD_TORCH_CHECK(false, "activation: expected relu, gelu, gelu_tanh, silu or tanh, got ", name);
+  std::string known;
+  for (const char* each : kActivationNames)
+    known += (known.empty() ? "" : ", ") + std::string(each);
+  STD_TORCH_CHECK(false, "activation: expected one of ", known, ", got ", name);
 }
 
 }  // namespace dip

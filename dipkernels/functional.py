@@ -202,8 +202,8 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
         mu: [..., N], float32, float64, float16 or bfloat16.
         v: [N], float32 or float64, a variance >= 0 (checked on a CPU in eager mode); where it is 0,
             y is act(mu).
-        activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the
-            others are within the bounds of docs/maths.md, section 7, whatever mu and v.
+        activation: One of `dip_linear`'s. relu and gelu are exact; the others are within the bounds
+            of docs/maths.md, section 7, whatever mu and v.
 
     Returns:
         y, in mu's shape and dtype.

@@ -104,7 +104,7 @@ def activate(
         x: any shape; K = x.shape[dim].
         sigma: [K], as in `norm`.
         seed: int64 [2] = (key, stream), on x's device.
-        kind: "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        kind: an activation, as in `functional.dip_linear`.
         dim: the feature dimension.
         row0, col0, sample, log_variance, dtype: as in `norm`.
 

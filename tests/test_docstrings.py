@@ -16,6 +16,7 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels.models.convertible import TWINS
+from dipkernels.ops.activations import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "api.md").read_text()
@@ -109,6 +110,11 @@ def test_a_docstring_names_every_argument_and_says_what_comes_back(name, thing):
     assert listed == set(inspect.signature(thing).parameters), name
     if inspect.signature(thing).return_annotation not in ("None", None, inspect.Signature.empty):
         assert "Returns:\n" in text, name
+
+
+def test_docstrings_list_every_activation():
+    for thing in (dip.functional.dip_linear, dip.DIPActivation):
+        assert [f'"{name}"' for name in ACTIVATIONS if f'"{name}"' not in thing.__doc__] == []
 
 
 def test_defaults_can_be_read():

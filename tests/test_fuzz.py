@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 OPS = """
 import random, sys, torch
 from dipkernels.ops import expectation, gate, linear, norm, perturb, registry
+from dipkernels.ops.activations import ACTIVATIONS
 from dipkernels.ops.draw import Draw
 torch.set_num_threads(2)
 first, number = int(sys.argv[1]), int(sys.argv[2])
@@ -66,7 +67,7 @@ def argument(dice, arg):
     if kind == "bool":
         return dice.random() < 0.5
     if kind == "str":
-        return dice.choice(["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity", "", "softmax", "relu\\0", "\\N{SNOWMAN}" * 50])
+        return dice.choice([*ACTIVATIONS, "identity", "", "softmax", "relu\\0", "\\N{SNOWMAN}" * 50])
     if kind == "Optional[int]":
         return dice.choice([None, None, torch.float32, torch.bfloat16, torch.int32, 77])
     raise AssertionError(f"{name}: a type the fuzzer does not know: {kind}")

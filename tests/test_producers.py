@@ -13,17 +13,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from dipkernels import backend, functional, producers, reference
 from dipkernels.backends import cpu_capability
 from dipkernels.ops import gate, norm, registry
+from dipkernels.ops.activations import ACTIVATIONS as PLAIN
 from dipkernels.ops.draw import Draw
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
-ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
-PLAIN = {
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "tanh": torch.tanh,
-}
+ACTIVATIONS = list(PLAIN)
 
 
 def backward(op, *arguments):
@@ -283,7 +277,7 @@ CHANNELS = [((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0), ((70, 11, 2,
     "kind, shape, dim, draw, dtype",
     [
         *(
-            (ACTIVATIONS[i % 5], shape, dim, DRAWS[i % 3], dtype)
+            (ACTIVATIONS[i % len(ACTIVATIONS)], shape, dim, DRAWS[i % 3], dtype)
             for i, (shape, dim) in enumerate([*((shape, -1) for shape in SHAPES), *CHANNELS])
             for dtype in DTYPES[:2]
         ),

@@ -16,6 +16,7 @@ from triton_support import load_kernels
 
 from dipkernels import backends
 from dipkernels.ops import perturb as projection
+from dipkernels.ops.activations import ACTIVATIONS as PLAIN
 from dipkernels.ops.draw import Draw
 
 MODULES = noise, perturb, linear, expectation, gate, norm, tiles = load_kernels(
@@ -351,14 +352,7 @@ def test_float32_products_are_as_exact_as_cublas_is_told():
 
 
 FAR = [-INF, -1e38, -1e30, -1e20, -1e4, -1e-40, 0.0, 1e-40, 1e4, 1e20, 1e30, 1e38, INF, NAN]
-NAMES = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
-PLAIN = {
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "tanh": torch.tanh,
-}
+NAMES = list(PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_passes_over_samples_stay_inside_their_buffers():
         ({"h": h.double()}, "h: expected float32, float16 or bfloat16, got float64"),
         (
             {"activation": "elu"},
-            "activation: expected relu, gelu, gelu_tanh, silu or tanh, got elu",
+            f"activation: expected one of {', '.join(NAMES)}, got elu",
         ),
         ({"out": torch.zeros(4, 5)}, "out: expected shape .4, 6."),
         ({"out": torch.zeros(6, 4).t()}, "out: expected shape .4, 6. and elements side by side"),

@@ -7,9 +7,10 @@ from cuda_support import gpu_expectation
 from test_triton_compiles import check, meta, slow_unless
 from triton_support import compile_launch, load_kernels, recorded_launches
 
+from dipkernels.ops.activations import ACTIVATIONS
+
 expectation, perturb = load_kernels("expectation", "perturb")
 ARCHS = [80, 90, 100]
-NAMES = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 QUICK = [
     ("gelu_tanh", torch.bfloat16, 80),
@@ -18,7 +19,7 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("name, dtype, arch", slow_unless(QUICK, NAMES, DTYPES, ARCHS))
+@pytest.mark.parametrize("name, dtype, arch", slow_unless(QUICK, ACTIVATIONS, DTYPES, ARCHS))
 def test_activation_compiles_without_spills(name, dtype, arch, monkeypatch):
     monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)
     mu = meta(4096, 1024, dtype=dtype)
@@ -53,7 +54,7 @@ def test_activation_variance_compiles_without_spills(dtype, arch, monkeypatch):
                 )
 
 
-@pytest.mark.parametrize("name", slow_unless([("relu",), ("gelu_tanh",)], NAMES))
+@pytest.mark.parametrize("name", slow_unless([("relu",), ("gelu_tanh",)], ACTIVATIONS))
 def test_activation_issue_slots_per_element(name, monkeypatch):
     """Of the longest loop, sm_90, bfloat16: what docs/measured_gpu_expectation.md counts with."""
     monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)

@@ -7,6 +7,8 @@ from cuda_support import gpu_expectation
 from test_triton_compiles import check, meta, slots_per_element, slow_unless
 from triton_support import compile_launch, load_kernels, recorded_launches
 
+from dipkernels.ops.activations import ACTIVATIONS
+
 gate, norm, perturb, tiles = load_kernels("gate", "norm", "perturb", "tiles")
 ARCHS = [80, 90, 100]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -63,7 +65,7 @@ QUICK_GATES = [("silu", torch.bfloat16, 90)]
 
 @pytest.mark.parametrize(
     "name, dtype, arch",
-    slow_unless(QUICK_GATES, ["relu", "gelu", "gelu_tanh", "silu", "tanh"], DTYPES, ARCHS),
+    slow_unless(QUICK_GATES, ACTIVATIONS, DTYPES, ARCHS),
 )
 def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
     monkeypatch.setattr(tiles, "num_multiprocessors", lambda device: 132)

@@ -10,12 +10,13 @@ import triton.language as tl
 
 from .activations import act, act_slope
 from .blocks import Blocks, blocks, candidates, splits
+from .mixtures import MIXTURES
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
 from .tiles import EXACT, flat_rows, num_multiprocessors, on_device, origin
 
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "tanh")
+ACTIVATIONS = (None, "relu", *MIXTURES)
 
 
 @triton.jit

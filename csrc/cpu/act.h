@@ -40,6 +40,7 @@ DIP_HD Act<float> act(float x) {
     const float s = logistic(x, &rest);
     return {x * s, s * fma_of(within(x, 87.0f), rest, 1.0f)};
   } else {
+    static_assert(kKind == kTanhActivation);
     const float t = hyperbolic_tangent(x);
     return {t, fma_of(-t, t, 1.0f)};
   }
@@ -62,6 +63,7 @@ DIP_HD Act<double> act(double x) {
     const double s = 1 / (1 + std::exp(-x));
     return {x * s, s * fma_of(within(x, 800.0), 1 - s, 1.0)};
   } else {
+    static_assert(kKind == kTanhActivation);
     const double t = std::tanh(x);
     return {t, fma_of(-t, t, 1.0)};
   }
@@ -72,6 +74,18 @@ template <int kKind, class C>
 DIP_HD C act_value(C x) {
   if constexpr (kKind == kGeluActivation && sizeof(C) == 4) return x * normal_cdf(x);
   else return act<kKind>(x).value;
+}
+
+template <int kKind>
+struct Known {
+  static constexpr int kind = kKind;
+};
+
+// Calls f with the Known of an activation; false where there is none.
+template <int kKind = 0, class F>
+bool with_activation(int kind, F&& f) {
+  if constexpr (kKind == kNumActivations) return false;
+  else return kind == kKind ? (f(Known<kKind>{}), true) : with_activation<kKind + 1>(kind, f);
 }
 
 }  // namespace

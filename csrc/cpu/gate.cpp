@@ -45,14 +45,9 @@ struct Functions {
     return {forward_run<kKind, C>, backward_run<kKind, C>};
   }
   static Functions of(int kind) {
-    switch (kind) {
-      case kReluActivation: return of_kind<kReluActivation>();
-      case kGeluActivation: return of_kind<kGeluActivation>();
-      case kGeluTanhActivation: return of_kind<kGeluTanhActivation>();
-      case kSiluActivation: return of_kind<kSiluActivation>();
-      case kTanhActivation: return of_kind<kTanhActivation>();
-      default: return {nullptr, nullptr};
-    }
+    Functions found{nullptr, nullptr};
+    with_activation(kind, [&](auto known) { found = of_kind<known.kind>(); });
+    return found;
   }
 };
 

@@ -88,15 +88,9 @@ void sum(const SamplesArgs& a, ParallelFor parallel_for) {
 }  // namespace
 
 const char* DIP_SAMPLES(const SamplesArgs& a, ParallelFor parallel_for) {
-  switch (a.kind) {
-    case kIdentity: sum<kIdentity>(a, parallel_for); break;
-    case kReluActivation: sum<kReluActivation>(a, parallel_for); break;
-    case kGeluActivation: sum<kGeluActivation>(a, parallel_for); break;
-    case kGeluTanhActivation: sum<kGeluTanhActivation>(a, parallel_for); break;
-    case kSiluActivation: sum<kSiluActivation>(a, parallel_for); break;
-    case kTanhActivation: sum<kTanhActivation>(a, parallel_for); break;
-    default: return "activation: unknown";
-  }
+  const auto of_kind = [&](auto known) { sum<known.kind>(a, parallel_for); };
+  if (a.kind == kIdentity) of_kind(Known<kIdentity>{});
+  else if (!with_activation(a.kind, of_kind)) return "activation: unknown";
   return nullptr;
 }
 

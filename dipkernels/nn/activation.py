@@ -74,7 +74,7 @@ class GatedActivation(Activation):
 
     Args:
         num_features: K.
-        kind: "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        kind: As for DIPActivation.
         dim: The feature dimension, a.shape[dim] = K.
 
     Shape:
@@ -164,7 +164,7 @@ class DIPGatedActivation(GateProducer, GatedActivation):
 
     Args:
         num_features: K.
-        kind: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" or "tanh".
+        kind: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), or another of DIPActivation's.
         dim: The feature dimension, a.shape[dim] = K.
         init_variance, num_samples, device: As for DIPActivation.
 

@@ -26,7 +26,7 @@ class DIPLinear(DIPLayer, nn.Linear):
         num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
         keep: What backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an
             input, or "auto" (see functional.dip_linear).
-        activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh", applied here.
+        activation: None or its name, applied here (see functional.dip_linear).
         estimator: "sample", act of one draw; "mean", the mean of act over num_samples draws;
             "analytic", the exact mean over all draws, for which nothing is drawn (see
             functional.dip_linear).

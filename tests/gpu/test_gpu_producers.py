@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dipkernels import backends, producers, reference
+from dipkernels.ops.activations import ACTIVATIONS
 from dipkernels.ops.draw import Draw
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -19,9 +20,7 @@ CASES = [
     for dtype in ((BF16, F32), (F16, F64))[i % 2]
 ] + [
     (kind, shape, (BF16, F64, F32, BF16, F16)[i % 5])
-    for i, (kind, shape) in enumerate(
-        itertools.product(("relu", "gelu", "gelu_tanh", "silu", "tanh"), (ROWS, IMAGES))
-    )
+    for i, (kind, shape) in enumerate(itertools.product(ACTIVATIONS, (ROWS, IMAGES)))
 ]
 
 

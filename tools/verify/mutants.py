@@ -54,7 +54,7 @@ KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "doe
 AREAS = """
 csrc/cuda/*: ptx_cuda sanitize_cuda
 csrc/philox.h csrc/noise.h: noise perturb
-csrc/**/activation* csrc/**/expectation*: expectation
+csrc/**/activation* csrc/**/expectation*: expectation samples
 csrc/**/norm* csrc/**/gate*: producers
 csrc/cpu/samples* csrc/cpu/vector_math*: samples averaging
 csrc/cpu/convert*: noise perturb samples
