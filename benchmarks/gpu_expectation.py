@@ -44,6 +44,7 @@ EXPECTATION_SLOTS = {
     "gelu": (21.2, 30.6),
     "gelu_tanh": (26.0, 46.0),
     "silu": (29.4, 44.0),
+    "quick_gelu": (29.4, 44.0),
     "tanh": (30.6, 34.6),
 }
 # The same of Triton's producers, K = 4096.

@@ -9,11 +9,12 @@ enum Activation : int {
   kGeluActivation,
   kGeluTanhActivation,
   kSiluActivation,
+  kQuickGeluActivation,
   kTanhActivation,
   kNumActivations
 };
-constexpr const char* kActivationNames[kNumActivations] = {
-    "relu", "gelu", "gelu_tanh", "silu", "tanh"};
+constexpr const char* kActivationNames[kNumActivations] = {"relu", "gelu",       "gelu_tanh",
+                                                           "silu", "quick_gelu", "tanh"};
 
 // The activation is x sum of p Phi(c x) + sum of d_j (c x)^2j phi(c x), or for tanh sum of p (2
 // Phi(c x) - 1) and odd powers.
@@ -68,6 +69,16 @@ constexpr Mixture kSilu[3] = {
       0.00261710825914885},
      0,
      {}}};
+// quick_gelu(x) = x / (1 + e^-1.702x) = silu(1.702 x) / 1.702
+constexpr double kQuickGeluScale = 1.702;
+constexpr Mixture quick_gelu_of(Mixture silu) {
+  for (double& c : silu.c) c *= kQuickGeluScale;
+  for (auto& powers : silu.d)
+    for (double& d : powers) d /= kQuickGeluScale;
+  return silu;
+}
+constexpr Mixture kQuickGelu[3] = {
+    quick_gelu_of(kSilu[0]), quick_gelu_of(kSilu[1]), quick_gelu_of(kSilu[2])};
 constexpr Mixture kTanh[3] = {
     {1,
      {1.14304898117826},

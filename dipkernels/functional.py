@@ -142,7 +142,8 @@ def dip_linear(
             again in backward, in the pass that sums dsigma: for layers that share an input), or
             "auto": "u", and under torch.compile what `backends.compiled_keep` says, "x" by
             default.
-        activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        activation: None, "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" (CLIP's x sigmoid(1.702
+            x)) or "tanh".
         estimator: Where the mean over z is taken.
             "sample": act of one draw; num_samples draws are averaged before the activation.
             "mean": mean over s of act(h_s). The samples sample .. sample + num_samples - 1 are

@@ -153,6 +153,11 @@ def _silu(x: Tensor) -> Derivatives:
     return x * s, s + x * ds, ds * (2 + x * (1 - 2 * s))
 
 
+def _quick_gelu(x: Tensor) -> Derivatives:
+    y, slope, curvature = _silu(1.702 * x)
+    return y / 1.702, slope, 1.702 * curvature
+
+
 def _tanh(x: Tensor) -> Derivatives:
     t = torch.tanh(x)
     return t, 1 - t * t, -2 * t * (1 - t * t)
@@ -176,6 +181,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Derivatives]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "silu": _silu,
+    "quick_gelu": _quick_gelu,
     "tanh": _tanh,
 }
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dipkernels as dip
 from dipkernels import backends, functional, reference
 from dipkernels.ops import row_blocks
-from dipkernels.ops.activations import ACTIVATIONS
+from dipkernels.ops.activations import ACTIVATIONS, BACKWARDS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import timing
@@ -192,6 +192,13 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
         else:  # PyTorch rounds act(h) and act'(h) to bfloat16
             assert (got.float() - want.float()).norm() <= 0.01 * want.float().norm()
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_slopes_of_the_largest_numbers_of_16_bits(activation):
+    largest = torch.finfo(torch.float16).max
+    h, dy = torch.tensor([-largest, largest]).half(), torch.ones(2).half()
+    assert BACKWARDS[activation](dy, h).tolist() == [0, activation != "tanh"]
 
 
 @pytest.mark.parametrize("estimator, samples", [("mean", 3), ("analytic", 1)])

@@ -13,7 +13,7 @@ from variance_support import trains_alike_in_shards
 
 import dipkernels as dip
 from dipkernels import functional
-from dipkernels.nn.activation import ActivationProducer, GatedActivation
+from dipkernels.nn.activation import ActivationProducer, GatedActivation, QuickGELU
 from dipkernels.nn.norm import NormProducer
 from dipkernels.nn.numbering import dip_layers, number_layers
 from dipkernels.nn.twin import made_type
@@ -80,6 +80,11 @@ CASES = {  # how to make it, f of plain operations, shapes of its inputs
         lambda **o: activation("gelu_tanh", **o),
         lambda m, x: F.gelu(x, approximate="tanh"),
         [ROWS],
+    ),
+    "quick_gelu": (
+        lambda **o: activation("quick_gelu", **o),
+        lambda m, x: x * torch.sigmoid(1.702 * x),
+        [BATCH],
     ),
     "tanh": (lambda **o: activation("tanh", **o), lambda m, x: torch.tanh(x), [ROWS]),
     "gate": (lambda **o: gated(K, **o), lambda m, a, b: F.silu(a) * b, [BATCH] * 2),
@@ -188,7 +193,7 @@ def test_to_plain_computes_f(name):
 
 def test_to_plain_of_activations_is_torchs_class():
     kinds = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_tanh": nn.GELU, "silu": nn.SiLU}
-    kinds |= {"tanh": nn.Tanh}
+    kinds |= {"quick_gelu": QuickGELU, "tanh": nn.Tanh}
     for kind in functional.ACTIVATIONS:
         (module,) = dip.to_plain(nn.Sequential(dip.DIPActivation(4, kind)))
         assert type(module) is kinds[kind]

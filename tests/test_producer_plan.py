@@ -16,6 +16,7 @@ from plain_support import assert_plain
 from torch import nn
 
 import dipkernels as dip
+from dipkernels import functional
 from dipkernels.nn.activation import GatedBlock, gated_parts
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import dip_layers
@@ -449,6 +450,14 @@ class Reshaped(Net):
         a = self.a(y.to(torch.float64).float()[None, :, None])
         h = a + self.b(y.unflatten(0, (3, -1))[:, 0])[:, None, None]
         return self.head(self.act(h).transpose(0, 1).reshape(-1, 12))
+
+
+@pytest.mark.parametrize("kind", functional.ACTIVATIONS)
+def test_another_packages_activation_is_known_by_what_it_computes(kind):
+    forward = {"forward": lambda self, x: functional.ACTIVATIONS[kind](x)}
+    model = having(act=type("Another", (nn.Module,), forward)())()
+    dip.convert(model, place="producer", batches=[X])
+    assert model.act.kind == kind and moved(dip.summary(model).plan)["act"] == ("head",)
 
 
 def test_views_copies_casts_and_slices_are_followed():
@@ -1113,6 +1122,15 @@ def test_generation_checkpointing_and_variances(name):
     dip.load_variances(again, dip.variances(model))
     with sampling_on(), fixed_noise(2), torch.no_grad():
         assert torch.equal(logits(again.eval(), inputs), logits(model.eval(), inputs))
+
+
+def test_clip_draws_behind_its_quick_gelu():
+    models = pytest.importorskip("test_models")
+    config = models.transformers.CLIPVisionConfig(**models.SMALL, image_size=16, patch_size=8)
+    model = models.transformers.CLIPVisionModel(config)
+    found = moved(dip.producer_plan(model, [{"pixel_values": models.IMAGES}]))
+    behind = {name: layers for name, layers in found.items() if name.endswith("activation_fn")}
+    assert len(behind) == 2 and all(layer.endswith("fc2") for (layer,) in behind.values())
 
 
 def test_t5_without_dropout_moves_its_activations_too():

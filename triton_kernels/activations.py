@@ -37,6 +37,8 @@ def act(h, ACTIVATION: tl.constexpr):
         h = 0.5 * h * (1.0 + _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h)))
     elif ACTIVATION == "silu":
         h = h * tl.sigmoid(h)
+    elif ACTIVATION == "quick_gelu":
+        h = h * tl.sigmoid(1.702 * h)
     elif ACTIVATION == "tanh":
         h = tl.where(tl.abs(h) < 0.5, _small_tanh(h), _tanh(h))
     return h
@@ -59,7 +61,9 @@ def act_slope(h, ACTIVATION: tl.constexpr):
         power = tl.exp(h * (-1.5957691216057308 - 0.07135481627260025 * square))
         s = 1.0 / (1.0 + power)
         d = s + s * (power * s) * (h * (1.5957691216057308 + 0.21406444881780075 * square))
-    elif ACTIVATION == "silu":
+    elif ACTIVATION == "silu" or ACTIVATION == "quick_gelu":
+        if ACTIVATION == "quick_gelu":  # silu(1.702 h) / 1.702
+            h = 1.702 * h
         h = within(h, 60.0)
         power = tl.exp(-h)
         s = 1.0 / (1.0 + power)

@@ -144,6 +144,8 @@ def _plain(x, ACTIVATION: tl.constexpr):
             d0 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
             d1 = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
             d2 = 1.5957691216057308 * 0.26829 * near
+        elif ACTIVATION == "quick_gelu":
+            d0, d1 = 1.702 * x, d1 * 1.702
         s = 1.0 / (1.0 + tl.exp(-d0))
         ds = s * (1.0 - s) * d1
         return (

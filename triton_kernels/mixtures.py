@@ -187,3 +187,9 @@ BOUNDS = {
     "silu": (0.000151, 6.2e-07, 3.6e-09),
     "tanh": (7.31e-05, 4.5e-08, 8.6e-10),
 }
+# quick_gelu(x) = x / (1 + e^-1.702x) = silu(1.702 x) / 1.702
+MIXTURES["quick_gelu"] = tuple(
+    (tuple(1.702 * b for b in c), p, tuple(tuple(e / 1.702 for e in powers) for powers in d))
+    for c, p, d in MIXTURES["silu"]
+)
+BOUNDS["quick_gelu"] = tuple(bound / 1.702 for bound in BOUNDS["silu"])

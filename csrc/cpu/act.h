@@ -35,10 +35,11 @@ DIP_HD Act<float> act(float x) {
     float rest;
     const float s = logistic(x * fma_of(x * x, 0.044715f * c, c), &rest), near = within(x, 8.0f);
     return {x * s, fma_of(near * rest, s * fma_of(near * near, 0.134145f * c, c), s)};
-  } else if constexpr (kKind == kSiluActivation) {
+  } else if constexpr (kKind == kSiluActivation || kKind == kQuickGeluActivation) {
+    const float inner = kKind == kSiluActivation ? x : static_cast<float>(kQuickGeluScale) * x;
     float rest;
-    const float s = logistic(x, &rest);
-    return {x * s, s * fma_of(within(x, 87.0f), rest, 1.0f)};
+    const float s = logistic(inner, &rest);
+    return {x * s, s * fma_of(within(inner, 87.0f), rest, 1.0f)};
   } else {
     static_assert(kKind == kTanhActivation);
     const float t = hyperbolic_tangent(x);
@@ -59,9 +60,10 @@ DIP_HD Act<double> act(double x) {
     const double s = 1 / (1 + std::exp(-x * fma_of(x * x, 0.044715 * c, c)));
     const double near = within(x, 12.0);
     return {x * s, fma_of(near * (1 - s), s * fma_of(near * near, 0.134145 * c, c), s)};
-  } else if constexpr (kKind == kSiluActivation) {
-    const double s = 1 / (1 + std::exp(-x));
-    return {x * s, s * fma_of(within(x, 800.0), 1 - s, 1.0)};
+  } else if constexpr (kKind == kSiluActivation || kKind == kQuickGeluActivation) {
+    const double inner = kKind == kSiluActivation ? x : kQuickGeluScale * x;
+    const double s = 1 / (1 + std::exp(-inner));
+    return {x * s, s * fma_of(within(inner, 800.0), 1 - s, 1.0)};
   } else {
     static_assert(kKind == kTanhActivation);
     const double t = std::tanh(x);

@@ -184,9 +184,11 @@ Plain plain(int kind, double x) {
                    ds = 2 * s * (1 - s) * d1;
       return {x * s, s + x * ds, ds + 0.5 * x * (2 * (1 - 2 * s) * d1 * ds + 2 * s * (1 - s) * d2)};
     }
-    case kSiluActivation: {
-      const double s = 1 / (1 + std::exp(-x)), ds = s * (1 - s);
-      return {x * s, s + x * ds, ds + 0.5 * x * ds * (1 - 2 * s)};
+    case kSiluActivation:
+    case kQuickGeluActivation: {
+      const double c = kind == kSiluActivation ? 1 : kQuickGeluScale;
+      const double s = 1 / (1 + std::exp(-c * x)), ds = c * s * (1 - s);
+      return {x * s, s + x * ds, ds + 0.5 * c * x * ds * (1 - 2 * s)};
     }
     default: {
       const double t = std::tanh(x);
@@ -438,6 +440,8 @@ const char* choose_terms(const ExpectationArgs& a, ParallelFor parallel_for) {
     case kGeluTanhActivation:
       return run<C, gelu_tanh.terms, gelu_tanh.m, false>(a, gelu_tanh, parallel_for);
     case kSiluActivation: return run<C, silu.terms, silu.m, false>(a, silu, parallel_for);
+    case kQuickGeluActivation:
+      return run<C, silu.terms, silu.m, false>(a, kQuickGelu[tier], parallel_for);
     case kTanhActivation: return run<C, tanh.terms, tanh.m, true>(a, tanh, parallel_for);
     default: return "activation: unknown";
   }

@@ -19,11 +19,29 @@ from ..ops.gate import noised_gate
 from .layer import DIM, Noise
 from .twin import Producer, made_type
 
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), CLIP's activation: what a DIPActivation "quick_gelu" becomes by to_plain.
+
+    Shape:
+        Any shape; the output has the same.
+
+    Examples:
+        >>> from dipkernels.nn.activation import QuickGELU
+        >>> QuickGELU()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.1542,  0.0000,  0.8458])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ACTIVATIONS["quick_gelu"](input)
+
+
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU("tanh"),
     "silu": nn.SiLU,
+    "quick_gelu": QuickGELU,
     "tanh": nn.Tanh,
 }
 
@@ -100,12 +118,13 @@ class DIPActivation(ActivationProducer, Activation):
     to the bit.
 
     It takes one pass forward and one in backward, and keeps x alone. Use it where only plain layers
-    read the output: they get their noise here. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU
-    or nn.Tanh.
+    read the output: they get their noise here. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU,
+    nn.Tanh or dipkernels.nn.activation.QuickGELU.
 
     Args:
         num_features: K.
-        kind: "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        kind: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" (CLIP's x sigmoid(1.702 x)) or
+            "tanh".
         dim: The feature dimension, x.shape[dim] = K: -1 before linear layers, -3 before 2d
             convolutions.
         init_variance: sigma^2 to start from, a number > 0 or a tensor [K].

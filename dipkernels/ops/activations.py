@@ -16,6 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),  # of CLIP: silu(1.702 h) / 1.702
     "tanh": torch.tanh,
 }
 # dy * act'(h) in one pass.
@@ -25,6 +26,8 @@ BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": _aten.gelu_backward,
     "gelu_tanh": lambda dy, h: _aten.gelu_backward(dy, h, approximate="tanh"),
     "silu": _aten.silu_backward,
+    # of infinity, which 1.702 h may be in 16 bits, PyTorch's is no number
+    "quick_gelu": lambda dy, h: _aten.silu_backward(dy, (1.702 * h).clamp(-60, 60)),
     "tanh": lambda dy, h: _aten.tanh_backward(dy, torch.tanh(h)),
 }
 

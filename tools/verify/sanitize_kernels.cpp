@@ -484,6 +484,7 @@ static double act(int kind, double x, bool slope) {
     case kGeluTanhActivation:
       return slope ? s + x * s * (1 - s) * c * (1 + 0.134145 * x * x) : x * s;
     case kSiluActivation: return slope ? s * (1 + x * (1 - s)) : x * s;
+    case kQuickGeluActivation: return act(kSiluActivation, 1.702 * x, slope) / (slope ? 1 : 1.702);
     default: return slope ? 1 - t * t : t;
   }
 }
