@@ -71,6 +71,23 @@ def test_a_layer_that_nothing_calls_and_one_whose_output_is_lost_are_named():
     assert "not called" in found["unused"] and "does not reach" in found["dropped"]
 
 
+def test_a_layer_whose_forward_is_called_by_itself_passes():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b.forward(self.act.forward(self.a.forward(x)))
+
+    x = torch.randn(16, 8)
+    for options in ({}, {"place": "producer", "batches": [x]}):
+        model = dip.convert(Direct(), **options)
+        dip.calibrate(model, [x])
+        assert dip.check(model, x).checked == 2
+        assert not any("forward" in vars(m) for m in model.modules())
+
+
 def test_layers_in_eval_mode_and_under_noise_off_are_named():
     model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     model[0].eval()

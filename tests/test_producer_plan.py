@@ -316,6 +316,53 @@ def changed_input(self, x):
     return y
 
 
+def past_the_norms_hooks(self, x):
+    h = self.stem(x)
+    y = self.norm(h)
+    return self.head(self.act(self.a(y) + self.b(y) + self.norm.forward(h).mean()))
+
+
+def past_a_layers_hooks(self, x):
+    h = self.stem(x)
+    y = self.norm(h)
+    return self.head(self.act(self.a(y) + self.a.forward(h) + self.b(y)))
+
+
+def added_to_its_output(layer):
+    model = net()
+    getattr(model, layer).register_forward_hook(lambda module, args, out: out + args[0].mean())
+    return model
+
+
+def with_gradients(self, x):
+    y = self.norm(self.stem(x))
+    more = y.mean() if torch.is_grad_enabled() else 0
+    return self.head(self.act(self.a(y) + self.b(y))) + more
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        y = self.norm(self.stem(x))
+    return self.head(self.act(self.a(y) + self.b(y)))
+
+
+def other_precision(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = self.norm(self.stem(x).float())
+    return self.head(self.act(self.a(y) + self.b(y)))
+
+
+class OneStays(Net):
+    """A part that stays in eval mode, as a frozen one does."""
+
+    stays = "norm"
+
+    def train(self, mode=True):
+        super().train(mode)
+        getattr(self, self.stays).eval()
+        return self
+
+
 def repeated_rows(self, y):
     return y[:, :1].expand(-1, 5, -1)
 
@@ -332,6 +379,19 @@ class OwnSlope(nn.Module):
 
     def forward(self, x):
         return x + (x.relu() - x).detach()
+
+
+class OwnNorm(nn.Module):
+    """RMSNorm, and what a subclass does with its scale and its output."""
+
+    def __init__(self, slope=lambda scale: scale, out=lambda module, y: y):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-5
+        self.slope, self.out = slope, out
+
+    def forward(self, x):
+        scale = self.slope(torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+        return self.out(self, self.weight * (x * scale))
 
 
 def hooked():
@@ -397,6 +457,21 @@ def dropped(self, y):
         (between(in_place), "a", "add_? in the model itself"),
         (between(repeated_rows), "a", "with other features, or some entries twice"),
         (between(dropped), "b", "dropout in the model itself"),
+        (between(torch.detach), "b", "detach in the model itself"),
+        (forward(past_the_norms_hooks), "a", "called in several places, and different layers"),
+        (forward(past_a_layers_hooks), "a", "in more than one place: layer_norm .* linear in stem"),
+        (lambda: added_to_its_output("a"), "b", "mean in the model itself"),
+        (forward(with_gradients), "a", "mean in the model itself"),
+        (forward(without_gradients), "a", r"a \(Linear\) reads it outside of its no_grad or"),
+        (forward(other_precision), "b", r"\(Linear\) reads it outside of its no_grad or autocast"),
+        (lambda: net(OneStays), "a", r"one of it and a \(Linear\) stays in eval mode"),
+        (
+            lambda: net(type("Stays", (OneStays,), {"stays": "b"})),
+            "a",
+            r"one of it and b \(Linear\) stays in eval mode",
+        ),
+        (having(norm=OwnNorm(slope=torch.detach)), "a", "OwnNorm is not a LayerNorm"),
+        (having(norm=OwnNorm(out=dropped)), "a", "OwnNorm is not a LayerNorm"),
         (between(nested), "a", "it reads the network's own input"),
         (between(nested_and_padded), "a", "to_padded_tensor in the model itself"),
         (
@@ -440,6 +515,53 @@ def test_what_cannot_move_is_left_and_named(make, layer, reason):
     assert re.search(reason, found[layer]), found
     dip.convert(model, place="producer", batches=[x])
     assert isinstance(model.get_submodule(layer), DIPLinear)
+
+
+def test_one_example_hides_no_entry_that_a_batch_reads_again():
+    def across(self, y):
+        return y[:1].expand_as(y)
+
+    found = left(dip.producer_plan(between(across)(), [X[:1]]))
+    assert "expand_as in the model itself" in found["a"] and found["b"] == found["a"]
+
+
+class Images(nn.Module):
+    """A convolution behind a norm over its channels, whose output is read as one row."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.conv, self.head = norm, nn.Conv2d(3, 2, 3), nn.Linear(72, 4)
+
+    def forward(self, x):
+        return self.head(self.conv(self.norm(x)).view(len(x), -1))
+
+
+class Rows(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.head = norm, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(x.transpose(0, 1)).transpose(0, 1).view(-1, 8))
+
+
+@pytest.mark.parametrize("kind, x", [(Images, IMAGES), (Rows, X)])
+def test_an_own_norm_leaves_its_output_in_memory_as_it_was(kind, x):
+    """An own LayerNorm is a chain of operations, each of which keeps its input's strides."""
+    dim = 1 if kind is Images else -1
+
+    class Norm(nn.Module):
+        eps = 1e-5
+
+        def forward(self, x):
+            centred = x - x.mean(dim, keepdim=True)
+            return centred / (centred.square().mean(dim, keepdim=True) + self.eps).sqrt()
+
+    model = kind(Norm())
+    want = model(x)
+    dip.convert(model, 1e-6, place="producer", batches=[x])
+    assert list(moved(dip.summary(model).plan)) == ["norm"]
+    torch.testing.assert_close(model(x), want, rtol=0.02, atol=0.02)
 
 
 class Reshaped(Net):
@@ -595,11 +717,12 @@ def test_the_probe_changes_nothing():
     body = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()
     model = nn.Sequential(*body, nn.Dropout(0.5), nn.Linear(8, 2)).train()
     model[3].eval()
+    model[0].bias.requires_grad_(False)
     x = X.flatten(0, 1)
     model(x).sum().backward()
 
     def everything():
-        grads = [p.grad for p in model.parameters()]
+        grads = [(p.grad, p.requires_grad) for p in model.parameters()]
         modules = [(type(m), m.training) for m in model.modules()]
         states = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
         return pickle.dumps([model.state_dict(), grads]), modules, states, random.getstate()
@@ -608,14 +731,18 @@ def test_the_probe_changes_nothing():
     plan = dip.producer_plan(model, [x])
     assert "dropout in 3 (Dropout) reads it" in left(plan)["4"]
     assert everything() == before
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
 
 
 def test_a_pass_that_fails_leaves_no_hook_and_no_mode():
     model = net().eval()
     with pytest.raises(RuntimeError):
         dip.convert(model, place="producer", batches=[X[..., :3]])
-    assert not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in model.modules())
+    for m in model.modules():
+        assert not (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m.training)
+    assert all(p.requires_grad for p in model.parameters())
     assert not dip_layers(model) and torch.equal(model(X), net().eval()(X))
 
 
@@ -956,6 +1083,19 @@ def test_another_product_is_left_with_the_way_out(make):
     plan = dip.producer_plan(model, [X])
     assert "whose forward is not exactly down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
     dip.convert(model, place="producer", batches=[X])(X).sum().backward()
+
+
+def test_a_gates_activation_that_others_call_too_stays():
+    class Twice(Gated):
+        def forward(self, hidden):
+            return self.inner(self.inner.silu(hidden))
+
+    model = Twice()
+    model.inner = Gated()
+    dip.convert(model, place="producer", batches=[X], exclude=["w?"])
+    plan = dip.summary(model).plan
+    assert "it is called outside of inner (Gated) too" in left(plan)["inner.w2"]
+    model(X).sum().backward()
 
 
 def test_halves_along_another_dimension_are_no_gated_product():

@@ -18,7 +18,7 @@ from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
 from ..noise import contexts
 from ..ops.dtensor import full
-from .probe import PLAN, eager, leaves, remembered, run_batch, untouched, unwrapped
+from .probe import PLAN, around, eager, leaves, remembered, run_batch, untouched, unwrapped
 
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
@@ -285,12 +285,12 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         )
     called: dict[DIPLayer, list[bool]] = {layer: [] for layer in layers.values()}
 
-    def observe(layer: Any, args: tuple[Any, ...]) -> None:
+    def observe(layer: Any, args: Any, kwargs: Any) -> None:
         called[layer].append(layer.noisy())
 
-    with contextlib.ExitStack() as hooks, untouched(model), eager(model), torch.enable_grad():
+    with contextlib.ExitStack() as watched, untouched(model), eager(model), torch.enable_grad():
         for layer in layers.values():
-            hooks.enter_context(layer.register_forward_pre_hook(observe))
+            watched.enter_context(around(layer, observe))
         if not model.training:
             model.train()
         # a wrapper would wait for a backward pass

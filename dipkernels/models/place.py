@@ -7,6 +7,7 @@ docs/maths.md, section 10.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -39,7 +40,7 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 # why a layer stays that no batch was seen to enter
 UNREACHED = "the batches do not reach it, or what is around it reads its weight without calling it"
 # of a producer, beside a DIP layer's
-_TAKEN = ("kind", "offset", "eps_name", "noises_output", "made_of")
+_TAKEN = ("kind", "offset", "eps_name", "like_input", "noises_output", "made_of")
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -239,6 +240,8 @@ class _Planner:
         reason = self._dtype_reason(producer, calls)
         if gated is not None:
             reason = reason or self._module_reason(gated.block) or self._layer_reason(layers[0])
+            if any(call.caller is not gated.block for call in calls):
+                reason = reason or f"it is called outside of {self._shown(gated.block)} too"
         else:
             reason = reason or self._calls_reason(calls, layers)
         if reason:
@@ -376,11 +379,14 @@ def activation_kind(module: nn.Module) -> str | None:
 
 
 @torch.enable_grad()
-def _with_slope(act: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Tensor]:
-    """act(x), and its derivative as autograd has it: a class may have a backward of its own."""
+def _with_slope(
+    act: Callable[[Tensor], Any], x: Tensor, along: Tensor | float = 1.0
+) -> tuple[Any, Tensor]:
+    """act(x), and what autograd has for the slope of its sum with weights `along`: a class may have
+    a backward of its own."""
     leaf = x.clone().requires_grad_()
     y = act(leaf.clone())
-    (slope,) = torch.autograd.grad(y.sum(), leaf)
+    (slope,) = torch.autograd.grad((y * along).sum(), leaf)
     return y.detach(), slope
 
 
@@ -427,21 +433,39 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
     shape = (3, *[2] * max(1, -1 - dim), k)
     scales = torch.tensor([1.0, eps**0.5, 30.0], device="cpu").view(3, *[1] * (len(shape) - 1))
     x = (scales * (torch.randn(shape, generator=numbers, device="cpu") + 0.5)).to(device)
+    x = x.movedim(-1, 1).contiguous().movedim(1, -1)  # in memory the features are not the last
+    scales = scales.to(device)
+
+    def its(x: Tensor) -> Any:
+        y = torch.func.functional_call(module, tensors, (x.movedim(-1, dim),))
+        return y.movedim(dim, -1)
+
+    along = torch.randn(shape, generator=numbers, device="cpu").to(device)
+    got = []
     try:
-        with untouched(module):
-            y = torch.func.functional_call(module.eval(), tensors, (x.movedim(-1, dim),))
-            y = y.movedim(dim, -1)
+        for training in (True, False):
+            with untouched(module):
+                module.train(training)
+                got.append(_with_slope(its, x, along))
     except Exception:
-        y = None
+        got = []
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
-        plain = F.layer_norm if form == "layer" else F.rms_norm
         scale = None if weight is None else tensors["weight"].double() + offset
-        want = plain(x.double(), (k,), scale, eps=eps)
+        plain = functools.partial(
+            F.layer_norm if form == "layer" else F.rms_norm,
+            normalized_shape=(k,),
+            weight=scale,
+            eps=eps,
+        )
+        want, slope = _with_slope(plain, x.double(), along)
         want = want + tensors.get("bias", torch.zeros(k, device=device))
-        if (
-            isinstance(y, Tensor)
-            and y.shape == want.shape
+        if got and all(
+            y.shape == want.shape
             and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4)
+            and torch.allclose(scales * own.double(), scales * slope, rtol=1e-3, atol=1e-3)
+            for y, own in got
         ):
-            return NormProducer, {"kind": form, "offset": offset, "eps_name": eps_name}
+            like_input = all(y.stride() == x.stride() for y, _ in got)
+            facts = {"kind": form, "offset": offset, "eps_name": eps_name}
+            return NormProducer, facts | {"like_input": like_input}
     return none if dim == -1 or isinstance(norm_form(module, features, -1), str) else _OVER_THE_LAST

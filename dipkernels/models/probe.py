@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -148,6 +149,42 @@ def for_each(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], obje
         raise ValueError("batches: expected at least one batch, got none")
 
 
+@contextlib.contextmanager
+def around(
+    module: nn.Module,
+    before: Callable[..., object] | None = None,
+    after: Callable[..., Any] | None = None,
+    name: str = "forward",
+) -> Iterator[None]:
+    """Inside, before(module, args, kwargs) and after(module, args, kwargs, output) run around each
+    call of the module's forward; what `after` returns, unless None, takes the output's place.
+
+    Hooks would not see a call of forward itself, and the module's own hooks are not outside of
+    them.
+    """
+    own, call = vars(module).get(name), getattr(module, name)
+
+    @functools.wraps(call)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(module, args, kwargs)
+        out = changed = None
+        try:
+            out = call(*args, **kwargs)
+        finally:
+            if after is not None:
+                changed = after(module, args, kwargs, out)
+        return out if changed is None else changed
+
+    vars(module)[name] = watched
+    try:
+        yield
+    finally:
+        vars(module).pop(name, None)
+        if own is not None:
+            vars(module)[name] = own
+
+
 def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call hands to forward's first parameter."""
     if args:
@@ -189,13 +226,12 @@ def watch(
     def observe_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         observe(module, (output,), {})
 
-    with contextlib.ExitStack() as hooks, eval_mode(model):
+    with contextlib.ExitStack() as watched, eval_mode(model):
         for module in modules:
             if getattr(module, "noises_output", False):
-                hook = module.register_forward_hook(observe_output, with_kwargs=True)
+                watched.enter_context(around(module, after=observe_output))
             else:
-                hook = module.register_forward_pre_hook(observe, with_kwargs=True)
-            hooks.enter_context(hook)
+                watched.enter_context(around(module, observe))
         for_each(model, batches, lambda batch: run_batch(model, batch))
 
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .probe import for_each, input_of, leaves, run_batch, seed_alike, shown, untouched
+from .. import worlds
+from .probe import around, for_each, input_of, leaves, run_batch, seed_alike, shown, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
@@ -72,14 +73,28 @@ def dimension_in(made: Layout, seen: Layout, dim: int) -> int | None:
     return found[0]
 
 
+class World(NamedTuple):
+    """What a module is called in."""
+
+    training: bool
+    grad: bool
+    autocast: torch.dtype | None
+
+    @staticmethod
+    def of(module: nn.Module, x: Tensor) -> World:
+        return World(module.training, torch.is_grad_enabled(), worlds.autocast_dtype(x))
+
+
 @dataclasses.dataclass(eq=False)
 class Call:
     """One call of a module that may make a layer's input."""
 
     module: nn.Module
+    caller: nn.Module | None
     dtypes: tuple[torch.dtype | None, torch.dtype]  # of its input and its output
     device: torch.device  # of its output
     ndim: int
+    world: World
     # how often each layer read the output, in whatever shape
     readers: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
     # the feature dimensions that they read it along, counted from the last
@@ -166,19 +181,20 @@ class Watch(TorchDispatchMode):
 
     @torch.no_grad()
     def run(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        """Each batch in training mode and in eval mode, without noise; the model's state, modes and
-        random states stay."""
+        """Each batch in training mode, with gradients on, and in eval mode without, both without
+        noise; the model's state, modes and random states stay."""
 
         def both(batch: Any) -> None:
             for training in (True, False):
-                self._pass(model.train(training), batch)
+                with torch.set_grad_enabled(training):
+                    self._pass(model.train(training), batch)
 
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        with contextlib.ExitStack() as hooks, untouched(model):
+        with contextlib.ExitStack() as watched, untouched(model), _frozen(model):
             for m in modules:
-                hooks.enter_context(m.register_forward_pre_hook(self._enter, with_kwargs=True))
-                leave = m.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-                hooks.enter_context(leave)
+                # of a candidate with hooks, which change what it makes, the whole call
+                name = "_call_impl" if m in self._candidates and m._forward_hooks else "forward"
+                watched.enter_context(around(m, self._enter, self._leave, name))
             seed_alike()
             for_each(model, batches, both)
 
@@ -220,7 +236,8 @@ class Watch(TorchDispatchMode):
             return None
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
-        made.call = Call(module, (dtype, out.dtype), out.device, out.ndim)
+        world = World.of(module, out)
+        made.call = Call(module, self._module(), (dtype, out.dtype), out.device, out.ndim, world)
         # What it is a copy of, as of a norm that computes in float32, is the module's own affair.
         made.layout, made.module, made.source = layout_of(out), module, None
         self.calls[module].append(made.call)
@@ -262,6 +279,11 @@ class Watch(TorchDispatchMode):
         else:
             call.readers[layer] += 1
             call.dims.add(dim - call.ndim)
+            there, here = call.world, World.of(layer, x)
+            if there.training != here.training:
+                call.read_by(f"one of it and {self._shown(layer)} stays in eval mode")
+            elif here.grad > there.grad or there.autocast not in (None, here.autocast):
+                call.read_by(f"{self._shown(layer)} reads it outside of its no_grad or autocast")
 
     # ---- operations
 
@@ -274,8 +296,12 @@ class Watch(TorchDispatchMode):
         outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         storages = {_storage(t) for t in given}
         changes = schema is not None and schema.is_mutable
-        if outputs and not changes and all(_storage(t) in storages for t in outputs):
-            return out  # a view
+        view = outputs and not changes and all(_storage(t) in storages for t in outputs)
+        # Behind a detach a variance would learn nothing; what expands nothing here would repeat
+        # entries of a larger batch.
+        same = name == "detach" or (name == "expand" and outputs[0].shape == given[0].shape)
+        if view and not same:
+            return out
         read = [(t, made) for t in given if (made := self._found(t)) is not None]
         source = None
         copies = name in _COPIES and len(read) == len(outputs) == 1
@@ -333,6 +359,19 @@ class Watch(TorchDispatchMode):
 
     def _shown(self, module: nn.Module) -> str:
         return shown(self._names.get(module, ""), module)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient: with gradients on, a pass keeps no graph."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learned:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learned:
+            p.requires_grad_(True)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...] | None:

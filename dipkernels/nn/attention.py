@@ -206,12 +206,13 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
 
     def _calls_parts(self) -> bool:
         """Whether the projections have to be called: for noise, for noise_off in training, or for
-        their hooks, by which calibrate reads their inputs."""
+        what looks at their calls: hooks, and calibrate, which sets their forward."""
         return any(
             part.noisy()
             or (part.training and contexts.MODE == "off")
             or part._forward_hooks
             or part._forward_pre_hooks
+            or "forward" in vars(part)
             for part in self._parts()
         )
 

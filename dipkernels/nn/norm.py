@@ -20,6 +20,7 @@ class NormProducer(Producer):
     kind = "layer"  # or "rms"
     offset = 0.0  # what is added to the weight
     eps_name = "eps"  # of the module's attribute
+    like_input = False  # whether what it makes lies in memory as its input does, not in dense rows
 
     def _noised(self, noise: Noise, x: Tensor) -> Tensor:
         eps: float | None = getattr(self, self.eps_name)
@@ -29,10 +30,11 @@ class NormProducer(Producer):
         bias: Tensor | None = getattr(self, "bias", None)
         sigma, seed, draw = noise
         how = draw._replace(dim=-1), self.kind, eps, self.offset, worlds.autocast_dtype(x)
-        if draw.dim == -1:
-            return noised_norm(x, weight, bias, sigma, seed, *how)
-        u = noised_norm(x.movedim(draw.dim, -1), weight, bias, sigma, seed, *how)
-        return u.movedim(-1, draw.dim)
+        rows = x if draw.dim == -1 else x.movedim(draw.dim, -1)
+        u = noised_norm(rows, weight, bias, sigma, seed, *how)
+        if self.like_input and u.stride() != rows.stride():
+            u = torch.empty_like(rows, dtype=u.dtype).copy_(u)
+        return u if draw.dim == -1 else u.movedim(-1, draw.dim)
 
     def _set_up_norm(self, init_variance: float | Tensor, num_samples: int, device: Any) -> None:
         shape: tuple[int, ...] = tuple(self.normalized_shape)  # type: ignore[arg-type]
