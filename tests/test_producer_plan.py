@@ -947,6 +947,19 @@ def test_a_norm_without_weights_moves():
     assert "UnscaledSum is not a LayerNorm" in left(plan)["a"]
 
 
+@pytest.mark.parametrize("made_in", [False, True])
+@pytest.mark.parametrize("planned_in", [False, True])
+def test_inference_mode_hides_no_move(made_in, planned_in):
+    with torch.inference_mode(made_in):
+        model = having(norm=UnscaledNorm())()
+    model.stem.bias.requires_grad_(False)
+    with torch.inference_mode(planned_in):
+        plan = dip.producer_plan(model, [X])
+    assert moved(plan) == {"norm": ("a", "b"), "act": ("head",)}
+    fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert fixed == ["stem.bias"]
+
+
 # ---- gated products ------------------------------------------------------------------------------
 
 

@@ -122,7 +122,8 @@ def find_moves(
     dims = {layer: feature_dim_of(layer) for layer in layers}
     watch = Watch(first, dims, [m for m in names if m not in dims and _may_produce(m)])
     watch.run(model, batches)
-    return _Planner(model, names, dims, stay, watch).plan()
+    with torch.inference_mode(False):  # in which there are no slopes
+        return _Planner(model, names, dims, stay, watch).plan()
 
 
 class _Gated(NamedTuple):

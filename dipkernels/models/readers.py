@@ -371,7 +371,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for p in learned:
-            p.requires_grad_(True)
+            with torch.inference_mode(p.is_inference()):  # one made there allows it there alone
+                p.requires_grad_(True)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...] | None:
