@@ -873,9 +873,10 @@ def test_calibrate_knows_tokens_by_the_embedding_that_reads_them():
     given = {"image": image, "text": text, "mask": torch.ones(64, 5).long()}
     for batch in (given, UserDict(given), [{"image": image}, given]):
         assert calibrate(model, batch)[0].ratio == pytest.approx(0.1, rel=0.3)
-    # neither a table's column, nor places that the model makes itself, nor a mask of it
+    # neither a table's column, nor places that the model makes itself, nor a mask of it, nor steps
     column = {"image": image, "column": text[:, 0]}
-    for batch in (column, {"image": image}, {"image": image, "mask": given["mask"]}):
+    steps = {"image": image, "text": torch.arange(5).repeat(64, 1), "mask": given["mask"]}
+    for batch in (column, {"image": image}, {"image": image, "mask": given["mask"]}, steps):
         assert calibrate(model, batch)[0].ratio == pytest.approx(1, rel=0.3)
 
 

@@ -16,7 +16,7 @@ from ..nn.inputs import undense
 from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .parameters import check_settable, set_named
-from .probe import each_batch, input_of
+from .probe import around, each_batch, input_of
 from .spreads import FEW, Examples, measured_spreads
 from .summary import Summary, summary
 
@@ -51,11 +51,10 @@ def _looked_up(model: nn.Module) -> Iterator[set[int | None]]:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.add(_memory(input_of(module, args, kwargs)))
 
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as watched:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
-                hook = module.register_forward_pre_hook(note, with_kwargs=True)
-                hooks.enter_context(hook)
+                watched.enter_context(around(module, note))
         yield found
 
 
@@ -101,7 +100,8 @@ def calibrate(
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
         ratio: > 0, sigma over spread, of the prior and at the start. None: 1, and 0.1 where a batch
             holds tokens: int32 or int64 where the model gets one tensor, a mapping's "input_ids" or
-            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads as it is.
+            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads as it is, unless
+            its rows only rise, as time steps do.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
             values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.
@@ -144,8 +144,10 @@ def calibrate(
             looked_up.clear()
             yield batch  # and the model runs on it
             leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-            own = {_memory(leaf) for leaf in leaves} - {None}
-            tokens = tokens or _holds_tokens(batch) or not looked_up.isdisjoint(own)
+            read = [leaf for leaf in leaves if _memory(leaf) in looked_up - {None}]
+            # along a row, positions, time steps and types only rise
+            fall = any(bool((ids.diff() < 0).any()) for ids in read)
+            tokens = tokens or _holds_tokens(batch) or fall
 
     first = Examples()
     with _looked_up(model) as looked_up:
