@@ -289,6 +289,19 @@ def test_a_sum_over_the_batch_is_divided_by_the_number_of_trajectories(m, tmp_pa
     assert found[1] == pytest.approx(SHORT["per_device_train_batch_size"] * found[0], rel=1e-5)
 
 
+def test_an_infinite_first_loss_is_taken_for_no_sum(tmp_path):
+    class Infinite(transformers.Trainer):
+        def compute_loss(self, model, *args, **options):  # where the trainer asks, in eval mode
+            loss = super().compute_loss(model, *args, **options)
+            return loss if model.training else loss * torch.inf
+
+    trainer = noisy(tmp_path, kind=type("Behind", (DIPMixin, Infinite), {}), max_steps=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert not any("is a sum over the batch" in str(w.message) for w in said)
+
+
 def test_the_ctc_loss_of_transformers_is_found_to_be_a_sum(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
@@ -1069,6 +1082,19 @@ def test_the_callback_trains_the_objective_of_one_pass_and_saves_and_resumes(tmp
     middle = from_pretrained(transformers.LlamaForCausalLM, folder)
     assert dip.variances(middle).keys() == before.keys()
     assert not torch.equal(middle.lm_head.weight, whole.model.lm_head.weight)
+
+
+def test_the_callback_trains_where_a_tool_keeps_the_gradients_to_itself(tmp_path):
+    class Kept(transformers.Trainer):  # as LOMO, which steps inside backward
+        def training_step(self, model, *args, **options):
+            loss = super().training_step(model, *args, **options)
+            model.zero_grad()
+            return loss
+
+    callback = DIPCallback(dip.DIPConfig(m=1, key=None, kl=0.0), batches=[BATCH])
+    given = {"train_dataset": images(), "callbacks": [callback]}
+    trainer = Kept(vit(), arguments(tmp_path, weight_decay=0.0, max_steps=2), **given)
+    assert trainer.train().global_step == 2
 
 
 def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):

@@ -19,7 +19,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import integer
 from ..config import DIPConfig, apply, calibrate_as, config_of, convert_as, require_config
-from ..models.check import check
 from ..models.convert import to_plain
 from ..models.probe import untouched
 from ..nn.numbering import dip_layers
@@ -228,7 +227,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if not self._checked:
             self._checked = True
-            warn_of_faults(check(pl_module, strict=False))
+            warn_of_faults(pl_module)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import worlds
 from ..config import DIPConfig, config_of, require_order
-from ..models.check import Report
+from ..models.check import check
 from ..models.parameters import load_variances, param_groups, variances
 from ..nn.numbering import dip_layers
 from ..nn.variance import Variance
@@ -156,9 +156,12 @@ def warn_of_another(stored: DIPConfig, own: DIPConfig, where: str) -> None:
         )
 
 
-def warn_of_faults(report: Report) -> None:
-    """Warn where `check` has found some after the first step."""
-    if not report:
+def warn_of_faults(model: nn.Module) -> None:
+    """Warn of what `check` finds after the first step, unless a tool keeps the gradients to itself:
+    DeepSpeed, LOMO."""
+    if all(p.grad is None for p in model.parameters()):
+        return
+    if not (report := check(model, strict=False)):
         warnings.warn(
             f"dipkernels: after the first step {report}\n  An expert that the batch did not reach "
             "is no fault. Leave out layers that the loss reads past: exclude=[...] in the config",
