@@ -520,6 +520,18 @@ def test_analytic_prediction_is_each_layers_own_mean(activation):
     assert torch.equal(dip.predict(model, x, method="analytic"), want.detach().softmax(-1))
 
 
+def test_analytic_prediction_knows_a_layer_whose_forward_is_called_by_itself():
+    class Direct(nn.Sequential):
+        def forward(self, x):
+            for module in self:
+                x = module.forward(x)
+            return x
+
+    model, x = dip.convert(mlp(nn.ReLU()), init_variance=0.3), torch.randn(6, 8)
+    got, want = (dip.predict(m, x, method="analytic") for m in (Direct(*model), model))
+    assert torch.equal(got, want)
+
+
 def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():
     """One noised layer before the activation and an affine one after: the logits' mean is exact."""
     torch.manual_seed(0)

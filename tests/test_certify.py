@@ -208,17 +208,18 @@ def test_logits_that_are_nan_are_not_certified():
         dip.certify(model, torch.randn(2, 3), k=10)
 
 
-def test_a_layer_that_is_called_by_keyword_is_certified():
-    class ByKeyword(nn.Module):
+@pytest.mark.parametrize("call", [lambda m, x: m(input=x), lambda m, x: m.forward(x)])
+def test_a_layer_is_certified_however_it_is_called(call):
+    class Called(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = linear()
 
         def forward(self, x):
-            return self.layer(input=x)
+            return call(self.layer, x)
 
     x = torch.randn(4, 3)
     with dip.fixed_noise(1):
-        got = dip.certify(ByKeyword(), x, k=50)
+        got = dip.certify(Called(), x, k=50)
     with dip.fixed_noise(1):
         assert torch.equal(got.radius, dip.certify(linear(), x, k=50).radius)

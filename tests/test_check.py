@@ -81,10 +81,10 @@ def test_a_layer_whose_forward_is_called_by_itself_passes():
             return self.b.forward(self.act.forward(self.a.forward(x)))
 
     x = torch.randn(16, 8)
-    for options in ({}, {"place": "producer", "batches": [x]}):
-        model = dip.convert(Direct(), **options)
+    for options, count in (({}, 2), ({"place": "producer"}, 2), ({"before": ["act"]}, 3)):
+        model = dip.convert(Direct(), **options, batches=[x] if options else None)
         dip.calibrate(model, [x])
-        assert dip.check(model, x).checked == 2
+        assert dip.check(model, x).checked == count
         assert not any("forward" in vars(m) for m in model.modules())
 
 

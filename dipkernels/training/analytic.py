@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
-from ..models.probe import input_of
+from ..models.probe import around, input_of
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
 from ..nn.numbering import dip_layers
@@ -227,7 +227,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
         for name, layer in dip_layers(model).items():
-            stack.callback(layer.register_forward_hook(behind(name), with_kwargs=True).remove)
+            stack.enter_context(around(layer, after=behind(name)))
         stack.enter_context(contexts.noise_off())
         stack.enter_context(mode)
         return model(*args, **kwargs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import described, integer, real
-from ..models.probe import eval_mode, for_each, input_of, run_batch, watch
+from ..models.probe import around, eval_mode, for_each, input_of, run_batch, watch
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
 from .predict import logits_of, predict, require_batch
@@ -185,11 +185,11 @@ def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
     held: list[Tensor] = []
     outs: list[Any] = []
 
-    def hold(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def hold(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         held.append(output.clone())
         return held[0].clone()  # what follows may work in place
 
-    with layer.register_forward_hook(hold), eval_mode(model):
+    with around(layer, after=hold), eval_mode(model):
         for_each(model, [x, x + 1], lambda batch: outs.append(logits_of(run_batch(model, batch))))
     first, second = outs
     return isinstance(first, Tensor) and not torch.allclose(first, second, equal_nan=True)
