@@ -613,6 +613,15 @@ def test_ctrl_c_in_a_reference_pass_leaves_the_noise_on():
     assert contexts.MODE is None and not model._forward_hooks
 
 
+def test_predict_draws_noise_while_reference_passes_are_plain():
+    model, x = dip.convert(torch.nn.Linear(3, 2)), torch.randn(4, 3)
+    with _plain_without_gradients(model):
+        one, other = dip.predict(model, x, k=2, average=None)
+        with torch.no_grad():
+            assert torch.equal(model(x), model(x))
+    assert not torch.equal(one, other)
+
+
 def test_a_run_that_starts_again_draws_the_noise_of_its_places(tmp_path):
     """As auto_find_batch_size starts it again, with smaller batches, where memory ran out."""
 

@@ -39,6 +39,7 @@ from ..config import (
 from ..models.parameters import load_variances
 from ..models.probe import plain_names, untouched
 from ..nn.variance import TENSORS, Variance
+from ..noise import contexts
 from ..noise.contexts import noise_off
 from ..reports import metrics
 from ..training.objective import kl_penalty, smoothness
@@ -525,7 +526,7 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
 
     def before(module: nn.Module, args: Any) -> None:
         entered.append(contextlib.ExitStack())
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and contexts.MODE is None:  # dip.predict asks for noise
             entered[-1].enter_context(noise_off())
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
