@@ -562,6 +562,10 @@ def test_an_own_norm_leaves_its_output_in_memory_as_it_was(kind, x):
     dip.convert(model, 1e-6, place="producer", batches=[x])
     assert list(moved(dip.summary(model).plan)) == ["norm"]
     torch.testing.assert_close(model(x), want, rtol=0.02, atol=0.02)
+    # of several variances in one pass, as of an ensemble
+    variances = {"norm.variance.log_variance": torch.full((2, x.shape[dim]), -20.0)}
+    each = torch.vmap(lambda v: torch.func.functional_call(model, v, (x,)), randomness="different")
+    torch.testing.assert_close(each(variances), torch.stack([want] * 2), rtol=0.02, atol=0.02)
 
 
 class Reshaped(Net):

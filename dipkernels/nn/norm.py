@@ -33,7 +33,7 @@ class NormProducer(Producer):
         rows = x if draw.dim == -1 else x.movedim(draw.dim, -1)
         u = noised_norm(rows, weight, bias, sigma, seed, *how)
         if self.like_input and u.stride() != rows.stride():
-            u = torch.empty_like(rows, dtype=u.dtype).copy_(u)
+            u = torch.zeros_like(rows, dtype=u.dtype) + u  # a sum lies as its first term does
         return u if draw.dim == -1 else u.movedim(-1, draw.dim)
 
     def _set_up_norm(self, init_variance: float | Tensor, num_samples: int, device: Any) -> None:
