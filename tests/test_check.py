@@ -88,6 +88,31 @@ def test_a_layer_whose_forward_is_called_by_itself_passes():
         assert not any("forward" in vars(m) for m in model.modules())
 
 
+@pytest.mark.parametrize("place", ["input", "producer"])
+def test_a_copy_that_the_model_makes_of_itself_computes_with_its_own_weights(place):
+    class WithTeacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+            self.teacher = None
+
+        def forward(self, x):
+            if self.teacher is None:
+                self.teacher = copy.deepcopy(self.student)
+            return self.student(x)
+
+    x = torch.randn(16, 8)
+    model = dip.convert(WithTeacher(), place=place, batches=[x] if place == "producer" else None)
+    if place == "input":
+        dip.calibrate(model, [x])
+    model.eval()
+    want = model.teacher(x)
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p.zero_()
+    assert torch.equal(model.teacher(x), want)
+
+
 def test_layers_in_eval_mode_and_under_noise_off_are_named():
     model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     model[0].eval()

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import random
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -162,10 +163,12 @@ def around(
     Hooks would not see a call of forward itself, and the module's own hooks are not outside of
     them.
     """
-    own, call = vars(module).get(name), getattr(module, name)
+    own, call, of_class = vars(module).get(name), getattr(module, name), getattr(type(module), name)
 
-    @functools.wraps(call)
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(of_class)
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:  # a copy that the model has made of it inside, as a teacher
+            return of_class(self, *args, **kwargs)
         if before is not None:
             before(module, args, kwargs)
         out = changed = None
@@ -176,7 +179,7 @@ def around(
                 changed = after(module, args, kwargs, out)
         return out if changed is None else changed
 
-    vars(module)[name] = watched
+    vars(module)[name] = types.MethodType(watched, module)  # which a deep copy binds to itself
     try:
         yield
     finally:
