@@ -526,7 +526,7 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
 
     def before(module: nn.Module, args: Any) -> None:
         entered.append(contextlib.ExitStack())
-        if not torch.is_grad_enabled() and contexts.MODE is None:  # dip.predict asks for noise
+        if not torch.is_grad_enabled() and contexts.MODE != "on":  # as dip.predict has it
             entered[-1].enter_context(noise_off())
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
