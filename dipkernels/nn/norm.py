@@ -30,11 +30,15 @@ class NormProducer(Producer):
         bias: Tensor | None = getattr(self, "bias", None)
         sigma, seed, draw = noise
         how = draw._replace(dim=-1), self.kind, eps, self.offset, worlds.autocast_dtype(x)
-        rows = x if draw.dim == -1 else x.movedim(draw.dim, -1)
-        u = noised_norm(rows, weight, bias, sigma, seed, *how)
-        if self.like_input and u.stride() != rows.stride():
-            u = torch.zeros_like(rows, dtype=u.dtype) + u  # a sum lies as its first term does
-        return u if draw.dim == -1 else u.movedim(-1, draw.dim)
+        if draw.dim == -1:
+            u = noised_norm(x, weight, bias, sigma, seed, *how)
+        else:
+            u = noised_norm(x.movedim(draw.dim, -1), weight, bias, sigma, seed, *how)
+            u = u.movedim(-1, draw.dim)
+        if self.like_input and u.stride() != x.stride():
+            # a sum lies as its first term does
+            u = u.contiguous() if x.is_contiguous() else torch.zeros_like(x, dtype=u.dtype) + u
+        return u
 
     def _set_up_norm(self, init_variance: float | Tensor, num_samples: int, device: Any) -> None:
         shape: tuple[int, ...] = tuple(self.normalized_shape)  # type: ignore[arg-type]
