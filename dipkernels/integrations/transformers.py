@@ -37,7 +37,7 @@ from ..config import (
     save,
 )
 from ..models.parameters import load_variances
-from ..models.probe import plain_names, untouched
+from ..models.probe import eval_mode, plain_names, untouched
 from ..nn.variance import TENSORS, Variance
 from ..noise import contexts
 from ..noise.contexts import noise_off
@@ -374,8 +374,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
                 noise_off(),
                 self.compute_loss_context_manager(),
                 contextlib.suppress(Exception),
+                eval_mode(self.model),  # without dropout the two differ by a factor alone
             ):
-                self.model.eval()  # without dropout the two differ by a factor alone
                 batch = dict(self._prepare_inputs(inputs))
                 losses.append(on_trajectories(run, batch, times)[0].mean().item())
         one, many = losses if len(losses) == 2 else (0.0, 0.0)
