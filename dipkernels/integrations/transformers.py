@@ -347,8 +347,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
                 losses.append(own(self.model, batch, num_items_in_batch=count).mean().item())
         # a GPU's sums may differ in their last bits
         same = math.isfinite(losses[0]) and losses[0] != 0 and math.isclose(*losses, rel_tol=1e-3)
-        found = [int(same)]
-        if not self.accelerator.gather(torch.tensor(found, device=self.args.device)).any():
+        if not self._dip_on_any_rank(same):
             return False
         warnings.warn(
             f"dipkernels: the loss of {type(self.model).__name__} is not divided by "
@@ -381,8 +380,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         one, many = losses if len(losses) == 2 else (0.0, 0.0)
         # infinity, which a first loss may be in 16 bits, is also m times itself
         same = math.isfinite(one) and one != 0 and math.isclose(many, m * one, rel_tol=1e-3)
-        found = [int(same)]
-        if not self.accelerator.gather(torch.tensor(found, device=self.args.device)).any():
+        if not self._dip_on_any_rank(same):
             return False
         warnings.warn(
             f"dipkernels: the loss of {type(self.model).__name__} is a sum over the batch; it is "
@@ -391,6 +389,10 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             stacklevel=3,
         )
         return True
+
+    def _dip_on_any_rank(self, found: bool) -> bool:
+        here = torch.tensor([int(found)], device=self.args.device)
+        return bool(self.accelerator.gather(here).any())
 
     # ---- predictions and logs
 
