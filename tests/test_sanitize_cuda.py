@@ -74,8 +74,7 @@ def test_wrong_arguments_are_refused(program, arguments):
     assert code == 2 and "usage" in said
 
 
-@pytest.mark.slow
-def test_the_program_compiles_for_a_gpu(tmp_path):
+def test_the_program_compiles_for_a_gpu(tmp_path):  # by default too: a GPU's time is short
     command = [
         cuda_support.find_tool("nvcc"),
         "-std=c++17",

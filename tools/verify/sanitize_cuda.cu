@@ -74,8 +74,6 @@ class Buffer {
   unsigned char* memory_ = nullptr;
 };
 
-size_t size_of(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
-
 // Small numbers: a quarter of a byte, which every type holds. Their values do not matter here,
 // tests/gpu looks at those.
 std::vector<unsigned char> numbers(DType type, size_t count) {
