@@ -37,7 +37,6 @@ _QUANTISED = re.compile(
 _OWN_NAMES = {"variance", "num_samples", "keep", "plain_type"}
 _OWN_NAMES |= {name for name in vars(DIPLayer) if not hasattr(nn.Module, name)}
 _OWN_NAMES -= {"reset_parameters", "__prepare_scriptable__"}
-_LAZY = "lazy: run one batch through the model, then convert"
 _TORCHS = {kind.__name__ for kind in TWINS}
 
 
@@ -245,10 +244,9 @@ def _reason(module: nn.Module, types: Types) -> str | None:
             "quantised: give its name in before=[...] to noise its input; to quantise a converted "
             "model, call to_plain first"
         )
-    if is_candidate(module, types) and isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return _LAZY
-    if has_lazy_weights(module) and not _is_quiet(module):
-        return _LAZY
+    lazy_layer = is_candidate(module, types) and isinstance(module, nn.modules.lazy.LazyModuleMixin)
+    if lazy_layer or (has_lazy_weights(module) and not _is_quiet(module)):
+        return "lazy: run one batch through the model, then convert"
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
     if kind is OUT_PROJECTION and nn.MultiheadAttention not in types:
