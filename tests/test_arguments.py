@@ -216,6 +216,8 @@ def test_a_config_keeps_plain_numbers_which_json_takes():
     assert dip.DIPConfig.from_dict(config.to_dict()) == config
     with pytest.raises(TypeError, match=r"^key: expected an integer or None, got '7'"):
         dip.DIPConfig(key="7")
+    with pytest.raises(TypeError, match=r"^key: expected an integer or an int64 tensor of one "):
+        dip.fixed_noise("7")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

@@ -57,6 +57,13 @@ def test_the_default_device_changes_nothing(call):
     assert str(results[0]) == str(results[1])
 
 
+def test_noise_is_drawn_where_the_input_is():
+    model = dip.convert(network(), 0.25)
+    with torch.device("meta"):
+        first, second = model(X), model(X)
+    assert first.device.type == "cpu" and not torch.equal(first, second)
+
+
 def test_a_model_without_values_takes_noise_where_its_inputs_are_made():
     with torch.device("meta"):
         model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
