@@ -227,7 +227,7 @@ def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
 def test_what_is_no_tensor_is_named(make, shape, expected):
     layer = make()
     for given, kind in ((None, "NoneType"), ([1.0] * 4, "list")):
-        said = begins(layer) + f"expected a tensor where noise is drawn, got {kind}"
+        said = begins(layer) + f"expected a tensor where noise is drawn, got {kind}; in eval mode"
         refused(layer, given, TypeError, said)
 
 

@@ -91,10 +91,14 @@ def test_a_graph_lives_on_as_the_model_does(x):
             assert torch.equal(other(x), model(x))
 
 
-def test_hooks_on_a_layer_run_once():
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+def test_hooks_on_a_layer_run_once(before, after):
     model = nn.Sequential(dip.DIPLinear(4, 2))
-    model[0].register_forward_hook(lambda module, args, y: 2 * y)
-    model[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    if after:
+        model[0].register_forward_hook(lambda module, args, y: 2 * y)
+    if before:
+        model[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     graph = fx.symbolic_trace(model)
     graph.graph.lint()
     with fixed_noise(3):

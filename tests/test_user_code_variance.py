@@ -119,6 +119,11 @@ def test_global_pruning_leaves_variances_alone():
     assert (values(model) == -1).all() and (model[0].weight == 0).any()
 
 
+def test_a_call_of_a_variance_gives_the_parameter_itself():
+    variance = Variance(3)
+    assert variance() is variance.log_variance
+
+
 def test_frozen_variances_stay_frozen():
     model = make()
     freeze(model)
