@@ -599,18 +599,25 @@ def test_a_layer_that_the_loss_reads_past_is_named_after_the_first_step(tmp_path
 
 
 def test_ctrl_c_in_a_reference_pass_leaves_the_noise_on():
-    """torch calls a module's always-called hooks after an Exception, which KeyboardInterrupt is
-    not."""
+    """Where the training goes on outside, too: a callback is not told of its end by an error."""
 
-    class Interrupted(torch.nn.Module):
+    class Interrupted(torch.nn.Sequential):
         def forward(self, x):
+            assert contexts.MODE == "off"
             raise KeyboardInterrupt
 
+    callback, of_trl = DIPCallback(), type("Args", (), {"__module__": "trl.stand_in"})
+    model, other = (
+        dip.apply(k(torch.nn.Linear(3, 2)), dip.DIPConfig(m=1, key=None, init_variance=1.0))
+        for k in (Interrupted, torch.nn.Sequential)
+    )
+    callback.on_train_begin(of_trl(), None, None, model=model)
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
-        model = Interrupted()
-        with _plain_without_gradients(model):
-            model(torch.ones(1))
-    assert contexts.MODE is None and not model._forward_hooks
+        model(torch.ones(1))
+    assert contexts.MODE is None and other[0].noisy()
+    callback.on_train_begin(of_trl(), None, None, model=model)  # of the next run
+    callback.on_train_end(None, None, None)
+    assert "forward" not in vars(model)
 
 
 def test_predict_draws_noise_while_reference_passes_are_plain():
@@ -1131,7 +1138,7 @@ def test_the_callback_in_dpo_has_a_plain_reference_and_names_the_head_without_no
     args = trl.DPOConfig(tmp_path, **{**SHORT, "bf16": False, "max_steps": 2})
     trainer = trl.DPOTrainer(llama(), args=args, **given)
     inner = trainer.model.get_base_model()
-    hooks = len(inner._forward_hooks), len(inner._forward_pre_hooks)
+    own = vars(inner).get("forward")  # TRL's
     next(iter(dip_layers(trainer.model).values())).register_forward_pre_hook(
         lambda *_: modes[torch.is_grad_enabled()].add(dip.noise.contexts.MODE)
     )
@@ -1140,7 +1147,7 @@ def test_the_callback_in_dpo_has_a_plain_reference_and_names_the_head_without_no
     assert modes == {True: {None}, False: {"off"}}
     (report,) = [str(each.message) for each in said if "after the first step" in str(each.message)]
     assert "1 of 15 DIP layer(s) at fault" in report and "lm_head" in report
-    assert hooks == (len(inner._forward_hooks), len(inner._forward_pre_hooks))
+    assert vars(inner).get("forward") is own
 
 
 @pytest.mark.parametrize(

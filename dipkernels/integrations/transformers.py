@@ -37,7 +37,7 @@ from ..config import (
     save,
 )
 from ..models.parameters import load_variances
-from ..models.probe import eval_mode, plain_names, untouched
+from ..models.probe import around, eval_mode, plain_names, untouched
 from ..nn.variance import TENSORS, Variance
 from ..noise import contexts
 from ..noise.contexts import noise_off
@@ -526,22 +526,17 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
     model itself with its adapter off, and its completions are the model's own."""
     entered: list[contextlib.ExitStack] = []
 
-    def before(module: nn.Module, args: Any) -> None:
+    def before(*call: Any) -> None:
         entered.append(contextlib.ExitStack())
         if not torch.is_grad_enabled() and contexts.MODE != "on":  # as dip.predict has it
             entered[-1].enter_context(noise_off())
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(*call: Any) -> None:
         entered.pop().close()
 
     inner = model.get_base_model() if is_peft(model) else model  # generate calls no more than that
-    called = inner.register_forward_hook(after, always_call=True)
-    try:
-        with inner.register_forward_pre_hook(before), called:
-            yield
-    finally:
-        while entered:  # Ctrl-C, at which torch calls no hook
-            entered.pop().close()
+    with around(inner, before, after):  # no hooks: at Ctrl-C torch calls none
+        yield
 
 
 def _folder_of_adapter(model: Any, folder: str) -> str:
