@@ -880,6 +880,34 @@ def test_calibrate_knows_tokens_by_the_embedding_that_reads_them():
         assert calibrate(model, batch)[0].ratio == pytest.approx(1, rel=0.3)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_calibrate_knows_the_labels_that_a_decoder_reads_one_place_later(more):
+    class Speech(nn.Module):  # as Whisper, with labels or with decoder_input_ids
+        def __init__(self):
+            super().__init__()
+            self.embed, self.encoder = nn.Embedding(99, 64), nn.Linear(64, 8)
+            self.decoder = nn.Linear(64, 8)
+
+        def forward(self, sound, ids=None, labels=None, classes=None):
+            if ids is None and labels is not None:
+                start = labels.new_full((len(labels), 1), 98)
+                kept = labels[:, : labels.shape[1] - 1 + more].clamp(min=0)
+                ids = torch.cat([start, kept], 1)
+            if classes is not None:
+                ids = classes.flip(1)
+            return self.decoder(self.embed(ids)) + self.encoder(sound)[:, None]
+
+    model, sound = convert(Speech()), torch.randn(64, 64)
+    ids, kinds = torch.randint(90, (64, 7)), torch.randint(90, (64, 7))
+    ids[:, 0] = 98
+    labels = torch.cat([ids[:, 1:], torch.full((64, 1), -100)], 1)
+    labels[3, 4:] = -100
+    for batch in ({"ids": ids}, {"labels": labels}, {"labels": labels.int()}):
+        assert calibrate(model, {"sound": sound, **batch})[0].ratio == pytest.approx(0.1, rel=0.3)
+    given = {"sound": sound, "classes": kinds}  # which no embedding reads in this order
+    assert calibrate(model, given)[0].ratio == pytest.approx(1, rel=0.3)
+
+
 def test_calibrate_sees_through_torch_compile():
     torch._dynamo.reset()
     model = torch.compile(convert(nn.Sequential(nn.Linear(4, 4))), backend="eager")

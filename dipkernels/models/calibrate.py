@@ -36,20 +36,34 @@ def _holds_tokens(batch: object) -> bool:
     return isinstance(batch, Tensor) and batch.dtype in (torch.int32, torch.int64)
 
 
-def _memory(x: object) -> int | None:
-    """Where that of a dense integer tensor [B, T], T > 1, begins; None for anything else."""
+def _may_be_ids(x: object) -> bool:
+    """Whether it is a dense integer tensor [B, T], T > 1."""
     if type(x) is not Tensor or undense(x) is not None or x.ndim < 2 or x.shape[-1] < 2:
-        return None
-    return x.untyped_storage().data_ptr() if x.dtype in (torch.int32, torch.int64) else None
+        return False
+    return x.dtype in (torch.int32, torch.int64)
+
+
+def _same_ids(given: Tensor, read: Tensor) -> bool:
+    """Whether an embedding read what was given, as it is or one place later, as a decoder reads its
+    labels; those below 0 are none."""
+    if given.untyped_storage().data_ptr() == read.untyped_storage().data_ptr():
+        return True
+    if given.shape[:-1] != read.shape[:-1] or given.device != read.device:
+        return False
+    n = min(given.shape[-1], read.shape[-1] - 1)
+    given, read = given[..., :n], read[..., 1 : n + 1]
+    return bool((given >= 0).any() and ((given == read) | (given < 0)).all())
 
 
 @contextlib.contextmanager
-def _looked_up(model: nn.Module) -> Iterator[set[int | None]]:
-    """Inside, the `_memory` of all that the model's nn.Embedding read."""
-    found: set[int | None] = set()
+def _looked_up(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, all ids [B, T] that the model's nn.Embedding read."""
+    found: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.add(_memory(input_of(module, args, kwargs)))
+        ids = input_of(module, args, kwargs)
+        if _may_be_ids(ids):
+            found.append(ids)
 
     with contextlib.ExitStack() as watched:
         for module in model.modules():
@@ -100,8 +114,9 @@ def calibrate(
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
         ratio: > 0, sigma over spread, of the prior and at the start. None: 1, and 0.1 where a batch
             holds tokens: int32 or int64 where the model gets one tensor, a mapping's "input_ids" or
-            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads as it is, unless
-            its rows only rise, as time steps do.
+            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads, unless its rows
+            only rise, as time steps do. So too if the embedding reads them one place later: Whisper
+            gets 0.1 from labels as from decoder_input_ids, because its decoder reads the same.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
             values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.
@@ -138,16 +153,17 @@ def calibrate(
     check_settable({full[name]: layer.variance for name, layer in layers.items()})
     tokens = False
 
-    def noted(looked_up: set[int | None]) -> Iterator[Any]:
+    def noted(looked_up: list[Tensor]) -> Iterator[Any]:
         nonlocal tokens
         for batch in each_batch(batches):
             looked_up.clear()
             yield batch  # and the model runs on it
             leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-            read = [leaf for leaf in leaves if _memory(leaf) in looked_up - {None}]
+            given = [leaf for leaf in leaves if _may_be_ids(leaf)]
             # along a row, positions, time steps and types only rise
-            fall = any(bool((ids.diff() < 0).any()) for ids in read)
-            tokens = tokens or _holds_tokens(batch) or fall
+            fall = [ids for ids in looked_up if (ids.diff() < 0).any()]
+            read = any(_same_ids(leaf, ids) for leaf in given for ids in fall)
+            tokens = tokens or _holds_tokens(batch) or read
 
     first = Examples()
     with _looked_up(model) as looked_up:
