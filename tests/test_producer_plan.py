@@ -352,6 +352,13 @@ def other_precision(self, x):
     return self.head(self.act(self.a(y) + self.b(y)))
 
 
+def without_autocast(self, x):
+    y = self.norm(self.stem(x).float())
+    with torch.autocast("cpu", enabled=False):
+        y = self.a(y) + self.b(y)
+    return self.head(self.act(y))
+
+
 class OneStays(Net):
     """A part that stays in eval mode, as a frozen one does."""
 
@@ -464,6 +471,7 @@ def dropped(self, y):
         (forward(with_gradients), "a", "mean in the model itself"),
         (forward(without_gradients), "a", r"a \(Linear\) reads it outside of its no_grad or"),
         (forward(other_precision), "b", r"\(Linear\) reads it outside of its no_grad or autocast"),
+        (forward(without_autocast), "b", r"\(Linear\) reads it outside of its no_grad or autocast"),
         (lambda: net(OneStays), "a", r"one of it and a \(Linear\) stays in eval mode"),
         (
             lambda: net(type("Stays", (OneStays,), {"stays": "b"})),
@@ -515,6 +523,18 @@ def test_what_cannot_move_is_left_and_named(make, layer, reason):
     assert re.search(reason, found[layer]), found
     dip.convert(model, place="producer", batches=[x])
     assert isinstance(model.get_submodule(layer), DIPLinear)
+
+
+def test_layers_outside_of_autocast_train_as_in_the_plain_network():
+    @torch.autocast("cpu", enabled=False)
+    def apart(self, x):
+        return Net.forward(self, x.float())
+
+    for its, count in ((without_autocast, 1), (apart, 3)):
+        model = dip.convert(forward(its)(), place="producer", batches=[X])
+        assert sum(len(row.layers) for row in dip.summary(model).plan.moved) == count
+        with torch.autocast("cpu", torch.bfloat16):
+            model(X).float().sum().backward()
 
 
 def test_one_example_hides_no_entry_that_a_batch_reads_again():

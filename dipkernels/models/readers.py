@@ -79,10 +79,14 @@ class World(NamedTuple):
     training: bool
     grad: bool
     autocast: torch.dtype | None
+    without: int  # how deep inside autocasts that are off, whatever there is around the model later
 
     @staticmethod
     def of(module: nn.Module, x: Tensor) -> World:
-        return World(module.training, torch.is_grad_enabled(), worlds.autocast_dtype(x))
+        dtype = worlds.autocast_dtype(x)
+        torch.autocast_increment_nesting()  # nothing else says how deep it is
+        depth = torch.autocast_decrement_nesting()
+        return World(module.training, torch.is_grad_enabled(), dtype, 0 if dtype else depth)
 
 
 @dataclasses.dataclass(eq=False)
@@ -282,7 +286,11 @@ class Watch(TorchDispatchMode):
             there, here = call.world, World.of(layer, x)
             if there.training != here.training:
                 call.read_by(f"one of it and {self._shown(layer)} stays in eval mode")
-            elif here.grad > there.grad or there.autocast not in (None, here.autocast):
+            elif (
+                here.grad > there.grad
+                or there.autocast not in (None, here.autocast)
+                or here.without > there.without
+            ):
                 call.read_by(f"{self._shown(layer)} reads it outside of its no_grad or autocast")
 
     # ---- operations
