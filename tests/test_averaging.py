@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dipkernels as dip
 from dipkernels import backends, functional, reference
+from dipkernels.nn.activation import QuickGELU
 from dipkernels.ops import row_blocks
 from dipkernels.ops.activations import ACTIVATIONS, BACKWARDS
 
@@ -498,15 +499,33 @@ def mlp(activation):
     )
 
 
+class _GeluTanh(nn.Module):
+    def forward(self, x):
+        return (
+            0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+        )
+
+
+class _InPlace(nn.Module):
+    def forward(self, x):
+        return x.mul_(torch.sigmoid(1.702 * x))
+
+
 @pytest.mark.parametrize(
     "activation",
-    [nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()],
+    [
+        *(nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()),
+        *(QuickGELU(), _InPlace(), _GeluTanh()),  # by formulas of their own
+    ],
 )
 def test_analytic_prediction_is_each_layers_own_mean(activation):
     model = dip.convert(mlp(activation), init_variance=0.3)
     x = torch.randn(6, 8)
     name = {
-        "GELU": "gelu_tanh" if getattr(activation, "approximate", "") == "tanh" else "gelu"
+        "GELU": "gelu_tanh" if getattr(activation, "approximate", "") == "tanh" else "gelu",
+        "QuickGELU": "quick_gelu",
+        "_InPlace": "quick_gelu",
+        "_GeluTanh": "gelu_tanh",
     }.get(type(activation).__name__, type(activation).__name__.lower())
     want = x
     for layer in (model[0], model[3]):
@@ -518,6 +537,24 @@ def test_analytic_prediction_is_each_layers_own_mean(activation):
     assert torch.equal(dip.predict(model, x, method="analytic", average="logits"), want.detach())
     assert model.training
     assert torch.equal(dip.predict(model, x, method="analytic"), want.detach().softmax(-1))
+
+
+def test_analytic_prediction_knows_what_is_read_beside_an_activation_of_its_own():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.own, self.relu = nn.Linear(8, 8), QuickGELU(), nn.ReLU()
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.own(h) + self.relu(h)
+
+    model, x = dip.convert(Residual(), init_variance=0.3), torch.randn(6, 8)
+    got = dip.predict(model, x, method="analytic", average="logits")
+    v = model.a.weight.square() @ model.a.log_variance.exp()
+    mu = F.linear(x, model.a.weight, model.a.bias)
+    want = sum(functional.expectation(mu, v, kind) for kind in ("quick_gelu", "relu"))
+    torch.testing.assert_close(got, want.detach())
 
 
 def test_analytic_prediction_knows_a_layer_whose_forward_is_called_by_itself():
@@ -639,11 +676,9 @@ def test_analytic_prediction_goes_through_transformer_blocks():
     assert distance.max() <= 4.5
 
 
-class _OwnGelu(nn.Module):
+class _OwnMish(nn.Module):
     def forward(self, x):
-        return (
-            0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-        )
+        return x * torch.tanh(2 * torch.log(1 + torch.exp(x)))
 
 
 @pytest.mark.parametrize(
@@ -653,7 +688,7 @@ class _OwnGelu(nn.Module):
         (nn.Sigmoid(), "sigmoid"),
         (nn.Softplus(), "softplus"),
         (nn.ELU(), "elu"),
-        (_OwnGelu(), "mul by a number|pow"),
+        (_OwnMish(), "exp"),
         (nn.Sequential(nn.Conv1d(1, 1, 1), nn.ReLU()), "relu, and its variance"),
     ],
 )

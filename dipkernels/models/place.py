@@ -120,7 +120,7 @@ def find_moves(
     by it. stay: modules that are to stay as they are, each with the reason."""
     first = {module: every[0] for module, every in names.items()}
     dims = {layer: feature_dim_of(layer) for layer in layers}
-    watch = Watch(first, dims, [m for m in names if m not in dims and _may_produce(m)])
+    watch = Watch(first, dims, [m for m in names if m not in dims and may_produce(m)])
     watch.run(model, batches)
     with torch.inference_mode(False):  # in which there are no slopes
         return _Planner(model, names, dims, stay, watch).plan()
@@ -336,7 +336,7 @@ class _Planner:
 # ---- what a module computes ----------------------------------------------------------------------
 
 
-def _may_produce(module: nn.Module) -> bool:
+def may_produce(module: nn.Module) -> bool:
     """By the look of it: a norm, or a leaf without weights. What it computes is looked at where a
     layer reads it."""
     if isinstance(module, (torch.jit.ScriptModule, nn.Sequential)):  # its children make it

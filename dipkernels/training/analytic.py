@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
+from ..models.place import activation_kind, may_produce
 from ..models.probe import around, input_of
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
@@ -152,26 +153,58 @@ class _Expectations(TorchFunctionMode):
         kwargs: dict[str, Any],
         func: Callable[..., Any],
     ) -> Tensor:
-        if normal.v is None:
-            raise self._error(normal, f"{name}, and its variance is not one number for each output")
         positional = args[1] if name == "gelu" and len(args) > 1 else "none"
         approximate = kwargs.get("approximate", positional)
         kind = "gelu_tanh" if name == "gelu" and approximate == "tanh" else name
-        mu = normal.tensor()
-        assert mu is not None  # it is among args
-        y = expectation.expected(mu, normal.v.to(mu.device), kind)
+        y, mu = self._mean(kind, normal), normal.tensor()
         of_method = getattr(func, "__name__", "").endswith("_")
         if not (of_method or kwargs.get("inplace") or True in args[1:]):
             return y
         del self._normals[id(mu)]
+        assert mu is not None  # it is among args
         return mu.copy_(y)
+
+    def _mean(self, kind: str, normal: _Normal) -> Tensor:
+        if normal.v is None:
+            raise self._error(normal, f"{kind}, and its variance is not one number for each output")
+        mu = normal.tensor()
+        assert mu is not None
+        return expectation.expected(mu, normal.v.to(mu.device), kind)
+
+    @contextlib.contextmanager
+    def around(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a call of a module that computes an activation by a formula of its own, such as
+        quick_gelu, returns its mean."""
+        calls: list[tuple[Tensor, _Normal, Tensor] | None] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(module, args, kwargs)
+            normal = self._find(x)
+            kind = None if normal is None else activation_kind(module)
+            if normal is None or kind is None:
+                calls.append(None)
+            else:
+                del self._normals[id(x)]  # inside, nothing is followed
+                calls.append((x, normal, self._mean(kind, normal)))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Tensor | None:
+            if (call := calls.pop()) is None:
+                return None
+            x, normal, y = call
+            if out is x:  # in place
+                return x.copy_(y)
+            self._normals[id(x)] = normal
+            return y
+
+        with around(module, before, after):
+            yield
 
     @staticmethod
     def _error(normal: _Normal, what: str) -> ValueError:
         return ValueError(
             "model: method='analytic' takes a DIPLinear whose output goes into relu, gelu, silu, "
-            "tanh, sums, products of two layers, normalisation or attention; that of "
-            f"{normal.layer!r} goes into {what}. Use method='sample'"
+            "tanh, a module of quick_gelu, sums, products of two layers, normalisation or "
+            f"attention; that of {normal.layer!r} goes into {what}. Use method='sample'"
         )
 
 
@@ -228,6 +261,9 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
         for name, layer in dip_layers(model).items():
             stack.enter_context(around(layer, after=behind(name)))
+        for module in model.modules():  # torch's own call the functions that are followed
+            if may_produce(module) and not type(module).__module__.startswith("torch.nn."):
+                stack.enter_context(mode.around(module))
         stack.enter_context(contexts.noise_off())
         stack.enter_context(mode)
         return model(*args, **kwargs)
