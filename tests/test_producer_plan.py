@@ -971,6 +971,37 @@ def test_a_norm_without_weights_moves():
     assert "UnscaledSum is not a LayerNorm" in left(plan)["a"]
 
 
+class NormAround(nn.Module):
+    """x_transformers': torch's norm, and a weight of its own from 0 or 1."""
+
+    def __init__(self, offset=1.0):
+        super().__init__()
+        self.ln, self.start = nn.LayerNorm(8, 3e-2, elementwise_affine=False), offset
+        self.gamma = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return self.ln(x) * (self.gamma + self.start)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_around_torchs_moves_with_a_weight_of_any_name(offset):
+    torch._dynamo.reset()
+    plain = having(norm=NormAround(offset))()
+    model = dip.convert(copy.deepcopy(plain), 1e-12, place="producer", batches=[X])
+    assert moved(dip.summary(model).plan) == {"norm": ("a", "b"), "act": ("head",)}
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    y, want = model(X), plain(X)
+    for out in (y, compiled(X)):
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    for out in (y, want):
+        out.square().sum().backward()
+    torch.testing.assert_close(model.norm.gamma.grad, plain.norm.gamma.grad)
+    assert torch.equal(model.eval()(X), plain(X))
+    assert_plain(dip.to_plain(model), plain)
+    plain.norm.ln.register_forward_hook(lambda module, args, out: None)
+    assert "NormAround is not a LayerNorm" in left(dip.producer_plan(plain, [X]))["a"]
+
+
 @pytest.mark.parametrize("made_in", [False, True])
 @pytest.mark.parametrize("planned_in", [False, True])
 def test_inference_mode_hides_no_move(made_in, planned_in):

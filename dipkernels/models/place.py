@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 # why a layer stays that no batch was seen to enter
 UNREACHED = "the batches do not reach it, or what is around it reads its weight without calling it"
 # of a producer, beside a DIP layer's
-_TAKEN = ("kind", "offset", "eps_name", "like_input", "noises_output", "made_of")
+_TAKEN = ("kind", "offset", "weight_name", "eps_name", "like_input", "noises_output", "made_of")
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ class _Planner:
             return f"it is tied, {len(self.names[module])} names lead to it"
         if module in self.stay:
             return self.stay[module]
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if _has_hooks(module):
             return "it has hooks, which would see noise"
         if (cannot := no_twin(module)) is not None:
             return cannot
@@ -391,6 +392,22 @@ def _with_slope(
     return y.detach(), slope
 
 
+def _eps_name(module: nn.Module) -> str | None:
+    """Where a norm has its eps: an attribute, or that of a norm of torch's inside, whose weight it
+    has itself."""
+    within = [
+        f"{name}.eps"
+        for name, child in module.named_children()
+        if type(child) in _NORMS and not _has_hooks(child) and isinstance(child.eps, float)
+    ]
+    own = [name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)]
+    return next(iter(own + within), None)
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 @torch.no_grad()
 def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str, Any]] | str:
     """What the DIP class of a norm over dimension `dim` is made of, or why there is none.
@@ -410,21 +427,19 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
         f"{kind.__module__}.{kind.__name__} is not a LayerNorm, RMSNorm or activation that the "
         "kernels know"
     )
-    weight = parameters.get("weight")
-    eps_name = next(
-        (name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None
-    )
+    weight_name = next(iter(parameters.keys() - {"bias"}), "weight")  # "gamma", "g"
+    weight, eps_name = parameters.get(weight_name), _eps_name(module)
     if (
         not _takes_one_input(module)
         or eps_name is None
         or (weight is not None and weight.ndim != 1)
-        or parameters.keys() - {"weight", "bias"}
+        or parameters.keys() - {weight_name, "bias"}
         or list(module.buffers())
     ):
         return none
     if any(p.is_meta for p in parameters.values()):
         return "it has no values yet, so what it computes cannot be seen"
-    k, eps = features if weight is None else len(weight), getattr(module, eps_name)
+    k, eps = features if weight is None else len(weight), operator.attrgetter(eps_name)(module)
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     numbers = torch.Generator().manual_seed(0)
     tensors = {
@@ -451,7 +466,7 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
     except Exception:
         got = []
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
-        scale = None if weight is None else tensors["weight"].double() + offset
+        scale = None if weight is None else tensors[weight_name].double() + offset
         plain = functools.partial(
             F.layer_norm if form == "layer" else F.rms_norm,
             normalized_shape=(k,),
@@ -467,6 +482,6 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
             for y, own in got
         ):
             like_input = all(y.stride() == x.stride() for y, _ in got)
-            facts = {"kind": form, "offset": offset, "eps_name": eps_name}
-            return NormProducer, facts | {"like_input": like_input}
+            facts = {"kind": form, "offset": offset, "like_input": like_input}
+            return NormProducer, facts | {"weight_name": weight_name, "eps_name": eps_name}
     return none if dim == -1 or isinstance(norm_form(module, features, -1), str) else _OVER_THE_LAST

@@ -3,6 +3,7 @@ section 10."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ class NormProducer(Producer):
 
     kind = "layer"  # or "rms"
     offset = 0.0  # what is added to the weight
-    eps_name = "eps"  # of the module's attribute
+    weight_name = "weight"
+    eps_name = "eps"  # of the module's attribute, or of a child's, "ln.eps"
     like_input = False  # whether what it makes lies in memory as its input does, not in dense rows
 
     def _noised(self, noise: Noise, x: Tensor) -> Tensor:
-        eps: float | None = getattr(self, self.eps_name)
+        eps: float | None = operator.attrgetter(self.eps_name)(self)
         if eps is None:  # of 16-bit data torch takes float32's, in which it computes
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-        weight: Tensor | None = getattr(self, "weight", None)
+        weight: Tensor | None = getattr(self, self.weight_name, None)
         bias: Tensor | None = getattr(self, "bias", None)
         sigma, seed, draw = noise
         how = draw._replace(dim=-1), self.kind, eps, self.offset, worlds.autocast_dtype(x)
