@@ -81,6 +81,14 @@ def wanted(name):
     return None if value == "" else value == "1"
 
 
+def jobs():
+    """The arguments by which ninja runs so many commands at once; 0 would be all of them."""
+    value = os.environ.get("MAX_JOBS", "")
+    if value and not re.fullmatch("0*[1-9][0-9]*", value):
+        raise SystemExit(f"MAX_JOBS: expected a whole number from 1 on, or nothing, got {value!r}")
+    return ["-j", value] if value else []
+
+
 def cuda_archs(nvcc=None):
     """The architectures to compile for: what was asked for, else those of all that `nvcc` knows."""
     value = os.environ.get("DIPKERNELS_CUDA_ARCHS") or CUDA_ARCHS
@@ -152,7 +160,7 @@ def plan():
             "and Triton still run"
         )
         return False, False, None, None
-    cuda_archs()
+    cuda_archs(), jobs()  # what is wrong in them is said before anything is compiled
     if cuda and nvcc is None:
         raise SystemExit(
             "DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH, CUDA_HOME)"
@@ -296,8 +304,7 @@ class NinjaBuild(build_ext):
             (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(target, target_is_directory=True)
         (folder / "build.ninja").write_text(ninja_file(cpu, cuda, compiler, nvcc))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([find_ninja(), "-C", str(folder), *jobs]).returncode:
+        if subprocess.run([find_ninja(), "-C", str(folder), *jobs()]).returncode:
             raise SystemExit(
                 "dipkernels build: a command above failed. Where the compiler was killed, memory "
                 "ran out: set MAX_JOBS=1"

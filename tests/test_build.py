@@ -43,6 +43,9 @@ def setup_py(*arguments, **environment):
         (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90a', got '8.0;9.0'"),
         (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90a', got 'sm_90'"),
         (dict(DIPKERNELS_CUDA_ARCHS="75 90"), "expected 80 or newer, got '75 90'"),
+        # ninja's 0 is all at once, which takes the memory
+        (dict(MAX_JOBS="0"), "MAX_JOBS: expected a whole number from 1 on, or nothing, got '0'"),
+        (dict(MAX_JOBS="four"), "got 'four'"),
     ],
 )
 def test_build_refuses_what_it_cannot_do(environment, expected):
