@@ -465,7 +465,8 @@ def _warn_unreached(plan: ProducerPlan) -> None:
             f"convert: the batches do not reach {len(unreached)} layer(s), which keep a projection "
             f"of their own: {', '.join(unreached)}. A layer that reads what a module of the plan "
             "makes would get noise twice. Give batches that reach every layer, or name these in "
-            "exclude=[...]",
+            "exclude=[...]. If what is around one reads its weight without calling it, it draws "
+            "no noise: before=[...] noises the input of that",
             DIPConversionWarning,
             stacklevel=3,
         )
