@@ -880,6 +880,20 @@ def test_calibrate_knows_tokens_by_the_embedding_that_reads_them():
         assert calibrate(model, batch)[0].ratio == pytest.approx(1, rel=0.3)
 
 
+@pytest.mark.parametrize("shape", [(64, 5), (64, 5, 3)])
+def test_calibrate_knows_tokens_that_are_mapped(shape):
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.linear = nn.Embedding(99, 64), nn.Linear(64, 8)
+
+        def forward(self, ids):
+            return torch.vmap(lambda each: self.linear(self.embed(each)))(ids)
+
+    rows = calibrate(convert(Mapped()), {"ids": torch.randint(99, shape)})
+    assert rows[0].ratio == pytest.approx(0.1, rel=0.3)
+
+
 @pytest.mark.parametrize("more", [0, 1])
 def test_calibrate_knows_the_labels_that_a_decoder_reads_one_place_later(more):
     class Speech(nn.Module):  # as Whisper, with labels or with decoder_input_ids

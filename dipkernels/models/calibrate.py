@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .. import worlds
 from ..arguments import real
 from ..nn.inputs import undense
 from ..nn.numbering import need_layers
@@ -62,6 +63,7 @@ def _looked_up(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = input_of(module, args, kwargs)
+        ids = worlds.unwrapped(ids) if isinstance(ids, Tensor) else ids  # of all that vmap maps
         if _may_be_ids(ids):
             found.append(ids)
 
