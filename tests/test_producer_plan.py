@@ -974,6 +974,8 @@ def test_a_norm_without_weights_moves():
 class NormAround(nn.Module):
     """x_transformers': torch's norm, and a weight of its own from 0 or 1."""
 
+    name = "gamma"
+
     def __init__(self, offset=1.0):
         super().__init__()
         self.ln, self.start = nn.LayerNorm(8, 3e-2, elementwise_affine=False), offset
@@ -983,10 +985,46 @@ class NormAround(nn.Module):
         return self.ln(x) * (self.gamma + self.start)
 
 
+class NormByLength(nn.Module):
+    """x_transformers' RMSNorm, whose eps is F.normalize's."""
+
+    name = "g"
+
+    def __init__(self, offset=0.0, eps=0.0):
+        super().__init__()
+        self.g, self.start, self.least = nn.Parameter(torch.rand(8)), offset, eps
+
+    def forward(self, x):
+        if self.least:
+            return F.rms_norm(x, (8,), self.g + self.start, self.least)
+        return F.normalize(x, dim=-1) * 8**0.5 * (self.g + self.start)
+
+
+@pytest.mark.parametrize("eps", [1e-18, 1e-12, 1e-5])
+def test_a_norm_whose_eps_cannot_be_seen_stays(eps):
+    plan = dip.producer_plan(having(norm=NormByLength(0.0, eps))(), [X])
+    assert "NormByLength is not a LayerNorm" in left(plan)["a"]
+
+
+def test_a_norm_by_the_length_has_the_slopes_of_the_plain_one_at_zero():
+    plain = nn.Sequential(NormByLength(), nn.Linear(8, 4))
+    x = torch.randn(4, 8) * torch.tensor([1.0, 0.0, 1e-10, 1e10])[:, None]
+    model = dip.convert(copy.deepcopy(plain), 1e-14, place="producer", batches=[X])
+    assert moved(dip.summary(model).plan) == {"0": ("1",)}
+    slopes = []
+    for module in (plain, model):
+        leaf = x.clone().requires_grad_()
+        module(leaf).sum().backward()
+        slopes.append(leaf.grad)
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(model[0].g.grad, plain[0].g.grad)
+
+
+@pytest.mark.parametrize("kind", [NormAround, NormByLength])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_a_norm_around_torchs_moves_with_a_weight_of_any_name(offset):
+def test_another_packages_norm_moves_with_a_weight_of_any_name(kind, offset):
     torch._dynamo.reset()
-    plain = having(norm=NormAround(offset))()
+    plain = having(norm=kind(offset))()
     model = dip.convert(copy.deepcopy(plain), 1e-12, place="producer", batches=[X])
     assert moved(dip.summary(model).plan) == {"norm": ("a", "b"), "act": ("head",)}
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
@@ -995,9 +1033,14 @@ def test_a_norm_around_torchs_moves_with_a_weight_of_any_name(offset):
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
     for out in (y, want):
         out.square().sum().backward()
-    torch.testing.assert_close(model.norm.gamma.grad, plain.norm.gamma.grad)
+    got, grad = (getattr(m.norm, kind.name).grad for m in (model, plain))
+    torch.testing.assert_close(got, grad)
     assert torch.equal(model.eval()(X), plain(X))
     assert_plain(dip.to_plain(model), plain)
+
+
+def test_a_norm_around_one_with_hooks_stays():
+    plain = having(norm=NormAround())()
     plain.norm.ln.register_forward_hook(lambda module, args, out: None)
     assert "NormAround is not a LayerNorm" in left(dip.producer_plan(plain, [X]))["a"]
 

@@ -41,7 +41,10 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 # why a layer stays that no batch was seen to enter
 UNREACHED = "the batches do not reach it, or what is around it reads its weight without calling it"
 # of a producer, beside a DIP layer's
-_TAKEN = ("kind", "offset", "weight_name", "eps_name", "like_input", "noises_output", "made_of")
+_TAKEN = (
+    *("kind", "offset", "weight_name", "eps_name", "length_eps", "like_input"),
+    *("noises_output", "made_of"),
+)
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -431,7 +434,6 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
     weight, eps_name = parameters.get(weight_name), _eps_name(module)
     if (
         not _takes_one_input(module)
-        or eps_name is None
         or (weight is not None and weight.ndim != 1)
         or parameters.keys() - {weight_name, "bias"}
         or list(module.buffers())
@@ -439,7 +441,14 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
         return none
     if any(p.is_meta for p in parameters.values()):
         return "it has no values yet, so what it computes cannot be seen"
-    k, eps = features if weight is None else len(weight), operator.attrgetter(eps_name)(module)
+    k = features if weight is None else len(weight)
+    facts: dict[str, Any] = {"weight_name": weight_name, "eps_name": eps_name}
+    if eps_name is None:  # F.normalize's, under which it takes no length: 1e-12
+        eps, small = 1e-24 / max(1, k), 1e-9  # of an input that feels any other eps
+        facts |= {"eps_name": "length_eps", "length_eps": eps}
+    else:
+        eps = operator.attrgetter(eps_name)(module)
+        small = eps**0.5
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     numbers = torch.Generator().manual_seed(0)
     tensors = {
@@ -447,7 +456,7 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
     }
     # two of every dimension beside, which a norm over some of those too would feel
     shape = (3, *[2] * max(1, -1 - dim), k)
-    scales = torch.tensor([1.0, eps**0.5, 30.0], device="cpu").view(3, *[1] * (len(shape) - 1))
+    scales = torch.tensor([1.0, small, 30.0], device="cpu").view(3, *[1] * (len(shape) - 1))
     x = (scales * (torch.randn(shape, generator=numbers, device="cpu") + 0.5)).to(device)
     x = x.movedim(-1, 1).contiguous().movedim(1, -1)  # in memory the features are not the last
     scales = scales.to(device)
@@ -482,6 +491,6 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
             for y, own in got
         ):
             like_input = all(y.stride() == x.stride() for y, _ in got)
-            facts = {"kind": form, "offset": offset, "like_input": like_input}
-            return NormProducer, facts | {"weight_name": weight_name, "eps_name": eps_name}
+            facts |= {"kind": form, "offset": offset, "like_input": like_input}
+            return NormProducer, facts
     return none if dim == -1 or isinstance(norm_form(module, features, -1), str) else _OVER_THE_LAST
