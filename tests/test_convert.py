@@ -772,6 +772,7 @@ def test_a_feature_that_never_varies_gets_the_floor():
     rms = x.double().std(0, correction=0).square().mean().sqrt().item()
     assert model.variance.sigma[1].item() == pytest.approx(0.1 * 0.05 * rms)
     assert rows[0].ratio == pytest.approx(0.1)  # the blank feature is left out of it
+    assert summary(model, [torch.ones(100, 3)])[0].ratio is None  # all of them
 
 
 def test_calibrate_takes_tensors_tuples_and_mappings_and_restores_modes():

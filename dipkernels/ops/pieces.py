@@ -60,8 +60,8 @@ def fused(
                 y = pieces(*views, *how)
                 found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
                 return *(next(found) if need else None for need in needs), *rest
-            grads: Any = zip(run_bwd(dy, tensors, kept, how, needs), tensors, needs)
-            return *(_typed_as(grad, t) if need else None for grad, t, need in grads), *rest
+            grads = zip(run_bwd(dy, tensors, kept, how, needs), needs)  # autograd casts to types
+            return *(grad if need else None for grad, need in grads), *rest
 
     named: Any = type(name, (Fused,), {})
     in_eager = without_wrapper(named)
@@ -78,11 +78,6 @@ def without_wrapper(kind: type[Function]) -> Callable[..., Tensor]:
     """kind.apply without its part in Python, which a small layer feels; for calls that no transform
     of torch.func and no compiler sees."""
     return super(Function, kind).apply  # type: ignore[misc]
-
-
-def _typed_as(grad: Tensor, t: Tensor) -> Tensor:
-    """Without the microseconds that a cast to the same type takes."""
-    return grad if grad.dtype is t.dtype else grad.to(t.dtype)
 
 
 def flat_rows(x: Tensor) -> Tensor:
