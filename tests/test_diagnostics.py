@@ -140,6 +140,8 @@ def test_predictor_repeats_itself_and_averages_passes():
     assert torch.equal(f(x), f(x))
     assert not torch.equal(f(x), predictor(model, 4, key=2)(x))
     assert torch.equal(predictor(model)(x), F.linear(x, model.weight))
+    plain = nn.Linear(6, 4, dtype=torch.float64)
+    assert torch.equal(predictor(plain)(x), plain(x))
     torch.testing.assert_close(
         predictor(model, 3, average="probs")(x).sum(-1), torch.ones(3, dtype=torch.float64)
     )

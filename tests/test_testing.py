@@ -19,6 +19,10 @@ def test_every_operation_agrees_with_its_reference(backend, dtype):
         assert str(found) == f"{op} on {backend!r}: as the reference"
 
 
+def test_what_is_equal_agrees_without_tolerance():
+    assert testing.compare("noise", "reference", tolerance=0.0)
+
+
 @pytest.mark.parametrize("op", registry.SCHEMAS)
 def test_every_call_has_the_same_inputs(monkeypatch, op):
     seen, right = [], getattr(reference, op)
