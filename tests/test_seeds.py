@@ -122,6 +122,34 @@ def test_keys_and_numbered_passes_come_without_a_copy_from_the_host():
     assert "mul" in names and not {"lift_fresh", "_to_copy"} & set(names)
 
 
+def test_a_cuda_graph_captured_under_a_key_keeps_it_and_says_so(monkeypatch):
+    """A replay reads the key's memory again: after the context, and behind model.to(...), which
+    gives a layer another stream. tests/gpu/test_gpu_engines.py captures on a GPU."""
+    monkeypatch.setattr(contexts, "capturing", lambda device: True)
+    monkeypatch.setattr(contexts, "_captured", {})
+    layers, x = (DIPLinear(8, 8), DIPLinear(8, 8)), torch.randn(2, 8)
+    said = "CUDA graph .* each replay draws the same noise"
+    with pytest.warns(UserWarning, match=said) as found, fixed_noise(7):
+        read = [contexts.KEY, *(layer._stream for layer in layers)]
+        for layer in layers:
+            layer(x)
+    assert len(found) == 1
+    assert {id(t) for t in contexts._captured.values()} == {id(t) for t in read}
+    with pytest.warns(UserWarning, match=said), fixed_noise(7):
+        read.append(contexts.KEY)
+        with contexts.numbered_pass(1):  # which reads the key, and makes another
+            read.append(contexts.KEY)
+            layers[0](x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layers[0](x)  # a replay draws its seed anew
+        monkeypatch.setattr(contexts.worlds, "has_values", lambda x: False)
+        with fixed_noise(torch.tensor(7)):  # as on a GPU, where it may be filled anew
+            read.append(contexts.KEY)
+            layers[0](x)
+    assert {id(t) for t in contexts._captured.values()} == {id(t) for t in read}
+
+
 @pytest.mark.parametrize("key", [torch.tensor(1.0), torch.tensor([1, 2])])
 def test_a_tensor_that_is_no_key_is_named(key):
     with pytest.raises(TypeError, match=r"^key: "):

@@ -229,6 +229,7 @@ class numbered_pass(_State):
     def _set(self) -> None:
         global KEY, ROWS, TAG
         if KEY is not None:
+            keep_for_replays(KEY)
             step = _with_zero(self._number * GOLDEN, KEY.device)
             rows = integer("row0", row0() * self._rows_per_entry, 0, 2**62)
             KEY, ROWS = KEY + step, _rows(rows, entries() * self._rows_per_entry)
@@ -262,6 +263,37 @@ def _with_zero(number: int, device: torch.device) -> Tensor:
     if worlds.tracing():
         return torch.tensor([signed(number), 0], device=device)
     return torch.arange(1, -1, -1, device=device) * signed(number)
+
+
+# By id, what CUDA graphs captured under fixed_noise read again at each replay, which contexts and
+# layers let go of before.
+_captured: dict[int, Tensor] = {}
+
+
+def capturing(device: str) -> bool:
+    """Whether what runs on this device now is recorded into a CUDA graph."""
+    # fake tensors may be of a device that is not there
+    there = device == "cuda" and not worlds.tracing() and torch.cuda.is_initialized()
+    return there and torch.cuda.is_current_stream_capturing()
+
+
+def keep_for_replays(key: Tensor, stream: Tensor | None = None) -> None:
+    """Where a CUDA graph is captured, keep alive what a draw reads; warn, once for each key that is
+    a number, that every replay draws its noise."""
+    if not capturing((key if stream is None else stream).device.type):
+        return
+    tag, new = TAG, id(key) not in _captured
+    _captured.update({id(t): t for t in (key, stream) if t is not None})
+    while tag is not None and isinstance(tag[0], tuple):  # of numbered_pass
+        tag = tag[0]
+    if new and tag is not None and tag[0] != "a tensor":
+        warnings.warn(
+            "dipkernels: a CUDA graph that is captured under fixed_noise keeps its key and row0: "
+            "each replay draws the same noise, whatever fixed_noise is on then. For new noise in "
+            "each replay capture it outside. For a key of each replay's own call fixed_noise(key) "
+            "inside the capture, with an int64 CUDA tensor that you fill before each replay",
+            stacklevel=2,
+        )
 
 
 # Which count each number came from, in this fixed_noise context, and the pairs of counts that a

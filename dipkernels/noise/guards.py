@@ -55,7 +55,7 @@ def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
         return None
     if seed.device.type == "cpu":
         return tuple(seed.tolist())
-    if seed.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if seed.device.type != "cuda" or contexts.capturing("cuda"):
         return None
     generator = torch.cuda.default_generators[seed.device.index]
     return generator.initial_seed(), generator.get_offset()

@@ -67,6 +67,33 @@ def test_graphed_callables_train_as_eager_under_a_key(model, x):
     torch.testing.assert_close(gradients(model), gradients(eager), rtol=1e-3, atol=1e-3)
 
 
+def test_a_graph_captured_under_a_key_draws_its_noise_after_the_context(x):
+    layer = number_layers(nn.Sequential(DIPInput(64, init_variance=0.5))).cuda()
+    with dip.fixed_noise(7):
+        want = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.warns(UserWarning, match="CUDA graph"), torch.cuda.graph(graph):
+            y = layer(x)
+    layer.cuda()  # which gives it another stream
+    taken = [torch.full((2,), i, device="cuda") for i in range(100)]  # the memory that was let go
+    with dip.fixed_noise(8):
+        graph.replay()
+    assert torch.equal(y, want) and len(taken) == 100
+
+
+def test_a_key_that_is_filled_before_each_replay_is_that_of_the_replay(x):
+    layer = number_layers(nn.Sequential(DIPInput(64, init_variance=0.5))).cuda()
+    key, graph = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.cuda.CUDAGraph()
+    layer(x)
+    with torch.cuda.graph(graph), dip.fixed_noise(key):
+        y = layer(x)
+    for number in (5, -6, 5):
+        key.fill_(number)
+        graph.replay()
+        with dip.fixed_noise(number):
+            assert torch.equal(y, layer(x))
+
+
 def test_reduce_overhead_is_eager_and_draws_afresh(model, x):
     torch._dynamo.reset()
     eager = copy.deepcopy(model)
