@@ -183,6 +183,13 @@ def test_launchers_take_no_rows_and_no_columns():
         dx, *grads = linear.linear_bwd(torch.zeros(0, 4, 3), x, weight, None, *how)
     assert dx.shape == x.shape and [g.shape for g in grads] == [(3, 8), (3,), (8,)]
     assert not any(g.any() for g in grads)
+    with on_gpu(80, 1):
+        x, weight, bias = torch.zeros(2, 3, 0), torch.zeros(4, 0), randn(4)
+        how = (torch.ones(0), SEED, 0, 0, 0, 1.0, False)
+        assert torch.equal(linear.linear(x, weight, bias, *how), bias.expand(2, 3, 4))
+        grads = linear.linear_bwd(torch.ones(2, 3, 4), x, weight, bias, *how)
+    assert [g.shape for g in grads] == [(2, 3, 0), (4, 0), (4,), (0,)]
+    assert torch.equal(grads[2], torch.full((4,), 6.0))
 
 
 def test_launchers_refuse_cpu_tensors():

@@ -9,6 +9,7 @@ whichever of the two varies faster.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -206,7 +207,7 @@ def tiling(dim: int, col0: int, elements: int, *operands: torch.Tensor | None) -
 
 def flat_rows(x: torch.Tensor) -> torch.Tensor:
     """[rows, columns] of columns side by side; copied only where no view is"""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # of what is empty too
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
