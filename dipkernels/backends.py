@@ -185,6 +185,8 @@ def cpu_capability(name: str | None = None) -> str:
 
 # why the library's CUDA kernels cannot run here, once torch has initialised CUDA
 _cuda_problem: str | None = None
+# Its GPUs are called "cuda" too.
+_FOR_AMD = "torch is built for AMD's GPUs (ROCm), and these kernels are for NVIDIA's"
 
 
 def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]]) -> str | None:
@@ -238,10 +240,11 @@ def check_cuda() -> str | None:
         return None
     try:
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        driver = _driver_version() if gpus else 0
+        driver = _driver_version() if gpus and not torch.version.hip else 0
     except (RuntimeError, AssertionError, OSError):
         return None  # torch's own error comes when the device is used
     problem = _cuda_problem_of(library(), driver, gpus) if gpus else None
+    problem = _FOR_AMD if torch.version.hip else problem
     if problem != _cuda_problem:
         _cuda_problem = problem
         _tell_listeners()
@@ -448,6 +451,8 @@ def _obstacle(name: str, device: str) -> str | None:
     """Why a backend cannot run on a device here, in words; None where it can."""
     if missing := _missing(name):
         return missing
+    if torch.version.hip and device == "cuda" and name in ("cuda", "triton"):
+        return _FOR_AMD
     if name == "cpu":
         return None if device == "cpu" else "it runs on CPU tensors"
     if name == "cuda":
@@ -531,6 +536,8 @@ def choose(
             raise RuntimeError(f"{op}: {asked}, and it has no kernel for it; use 'triton'")
         return Plan(forced, "asked for")
     on_gpu = device == "cuda"
+    if on_gpu and torch.version.hip:
+        return Plan("reference", _FOR_AMD)
     wide = dtype and shape and op in ("linear", "linear_bwd") and is_wide(dtype, *shape)
     if wide and on_gpu and runs_on("cuda", device):
         why = f"{dtype}, N = {shape[1]}: the vendor's products, sample by sample"

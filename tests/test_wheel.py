@@ -282,6 +282,23 @@ def test_gpu_without_a_kernel_falls_back_once_and_says_so(old_gpu, triton, runs)
         backends.choose("perturb", "cuda")
 
 
+def test_gpus_of_amd_get_the_reference_and_are_told_so(old_gpu):
+    """ROCm's torch calls them "cuda", and compute capability 9.0 is what some of them say."""
+    old_gpu.setattr(torch.version, "hip", "7.0")
+    old_gpu.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    old_gpu.setattr(backends, "has_triton", lambda: True)
+    with pytest.warns(RuntimeWarning, match="reference runs on CUDA tensors: .*AMD.*ROCm"):
+        backends.check_cuda()
+    for op in ("perturb", "linear", "norm"):
+        plan = backends.choose(op, "cuda", torch.float32, (2**12, 2**12, 2**12))
+        assert plan.backend == "reference" and "ROCm" in plan.why
+    assert not backends.can_fuse("cuda")
+    for name in ("cuda", "triton"):
+        old_gpu.setattr(backends, "forced", name)
+        with pytest.raises(RuntimeError, match=f"'{name}' was asked for.*ROCm"):
+            backends.choose("perturb", "cuda")
+
+
 def test_the_report_shows_why_the_cuda_kernels_do_not_run(old_gpu):
     from dipkernels import env_report
 
