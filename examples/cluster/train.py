@@ -5,7 +5,7 @@ docs/cluster.md.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  for restarts: docs/cluster.md
     torchrun --standalone --nproc-per-node 2 --max-restarts 1 \\
         examples/cluster/train.py examples/cluster/digits.json
-    sbatch examples/cluster/train.sbatch  many nodes
+    mkdir -p out/cluster && sbatch examples/cluster/train.sbatch  many nodes
 
 Data: scikit-learn's digits (8x8 scans). Every random choice is a function of the step, not of the
 process: the order of examples of (seed, epoch), the noise of (key + step, the example's place in
