@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from networks import Network
 from torch import nn
-from tqdm import tqdm
 
 import dipkernels as dip
 
@@ -100,6 +99,8 @@ def measure(
     clock: str,
 ) -> list[dict]:
     """A row per model, dtype and variant; ratios are over the first variant."""
+    from tqdm import tqdm  # the models are gpu_check's too, which asks for less
+
     rows, device = [], torch.device("cpu")
     with tqdm(total=len(cases) * len(dtypes), unit="model", dynamic_ncols=True) as bar:
         for dtype in dtypes:

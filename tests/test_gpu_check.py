@@ -398,6 +398,28 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
+def test_a_section_needs_no_package_but_those_that_the_page_names():
+    """torch's own aside; the page: docs/gpu.md, "It needs torch for CUDA ..."."""
+    others = [
+        "bayesian_torch",
+        "coverage",
+        "hypothesis",
+        "matplotlib",
+        "pandas",
+        "pytest_benchmark",
+    ]
+    others += ["scipy", "sklearn", "tqdm", "transformers", "triton"]
+    targets = [
+        s.target.split(":")[0] for s in (gpu_check.MACHINE, *gpu_check.SECTIONS, gpu_check.PLOT)
+    ]
+    code = f"import importlib, sys\nfor name in {others}: sys.modules[name] = None\n"
+    code += f"for target in {targets}: importlib.import_module(target)\n"
+    paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- what the sections prove ---------------------------------------------------------------------
 
 
