@@ -108,7 +108,8 @@ def test_key_is_taken_mod_2_64(key):
     assert value[1].item() == 0
 
 
-def test_keys_and_numbered_passes_come_without_a_copy_from_the_host():
+@pytest.mark.parametrize("key", [-1, torch.tensor(-1)])
+def test_keys_and_numbered_passes_come_without_a_copy_from_the_host(key):
     """Which would wait for all that runs on a GPU, and which no CUDA graph can capture."""
     names = []
 
@@ -117,9 +118,9 @@ def test_keys_and_numbered_passes_come_without_a_copy_from_the_host():
             names.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    with Names(), fixed_noise(-1), contexts.numbered_pass(3):
+    with Names(), fixed_noise(key), contexts.numbered_pass(3):
         assert contexts.KEY.tolist() == [contexts.signed(3 * contexts.GOLDEN - 1), 0]
-    assert "mul" in names and not {"lift_fresh", "_to_copy"} & set(names)
+    assert "mul" in names and not {"lift_fresh", "_to_copy", "cat"} & set(names)
 
 
 def test_a_cuda_graph_captured_under_a_key_keeps_it_and_says_so(monkeypatch):
@@ -148,6 +149,25 @@ def test_a_cuda_graph_captured_under_a_key_keeps_it_and_says_so(monkeypatch):
             read.append(contexts.KEY)
             layers[0](x)
     assert {id(t) for t in contexts._captured.values()} == {id(t) for t in read}
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_key_starts_no_gpu_that_the_process_does_not_use(monkeypatch, used):
+    """A forked process could not: CUDA raises there, where a model on the CPU wants none of it."""
+    devices, gpu = [], torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    made = contexts._with_zero
+    monkeypatch.setattr(
+        contexts,
+        "_with_zero",
+        lambda n, device: devices.append(device) or made(n, torch.device("cpu")),
+    )
+    for key in (7, torch.tensor(7)):
+        with fixed_noise(key):
+            assert contexts.KEY.tolist() == [7, 0] and contexts.TAG == (7, 0)
+    assert devices == [gpu if used else torch.device("cpu")] * 2
 
 
 @pytest.mark.parametrize("key", [torch.tensor(1.0), torch.tensor([1, 2])])

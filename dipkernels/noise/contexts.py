@@ -145,16 +145,16 @@ class fixed_noise(_State):
     def __init__(self, key: int | Tensor, row0: int = 0, entries: int = 0) -> None:
         super().__init__()
         row0 = integer("row0", row0, 0, 2**62)
-        self._key = _key_tensor(key)
+        self._key = _checked_key(key)
         self._rows = _rows(row0, integer("entries", entries, 0, 2**62))
-        known = not isinstance(key, Tensor) or (
-            self._key.device.type == "cpu" and worlds.has_values(key)
-        )
-        self._tag = (int(key) % 2**64 if known else "a tensor", row0)
+        known = not isinstance(self._key, Tensor)
+        self._tag = (self._key % 2**64 if known else "a tensor", row0)
 
     def _set(self) -> None:
         global KEY, ROWS, TAG
-        KEY, ROWS, TAG = self._key, self._rows, self._tag
+        key = self._key
+        KEY = key if isinstance(key, Tensor) else _with_zero(key, _device_of_keys())
+        ROWS, TAG = self._rows, self._tag
         if not worlds.tracing():
             _counted_in.clear()
 
@@ -240,18 +240,29 @@ def _rows(row0: int, entries: int = 0) -> Tensor:
     return torch.empty(row0, 0, entries, device="cpu")
 
 
-def _key_tensor(key: int | Tensor) -> Tensor:
-    if isinstance(key, Tensor):
-        if key.dtype is not torch.int64 or key.numel() != 1:
-            raise TypeError(
-                f"key: expected an int64 tensor of one element, got {key.dtype} of shape "
-                f"{tuple(key.shape)}"
-            )
-        key = key.detach().reshape(1)
-        return torch.cat([key, torch.zeros_like(key)])
-    number = integer("key", key, other=" or an int64 tensor of one element")
+def _checked_key(key: int | Tensor) -> int | Tensor:
+    """The key, if it is known here, else int64 [2] = (key, 0) on its device."""
+    if not isinstance(key, Tensor):
+        return integer("key", key, other=" or an int64 tensor of one element")
+    if key.dtype is not torch.int64 or key.numel() != 1:
+        raise TypeError(
+            f"key: expected an int64 tensor of one element, got {key.dtype} of shape "
+            f"{tuple(key.shape)}"
+        )
+    if key.device.type == "cpu" and worlds.has_values(key):
+        return int(key)
+    key = key.detach().reshape(1)
+    return torch.cat([key, torch.zeros_like(key)])
+
+
+def _device_of_keys() -> torch.device:
+    """The accelerator that this process uses, so that no layer copies the key to it; else the CPU:
+    a key asks for no GPU that no tensor is on, which a forked process could not give."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return _with_zero(number, device or torch.device("cpu"))
+    if device is None:
+        return torch.device("cpu")
+    used = device.type != "cuda" or worlds.tracing() or torch.cuda.is_initialized()
+    return device if used else torch.device("cpu")
 
 
 def _with_zero(number: int, device: torch.device) -> Tensor:
