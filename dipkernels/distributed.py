@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def shard_variances(
     before the module itself is sharded.
 
     FSDP2 wants one type in each group, and its mixed precision would compute log_variance in half
-    precision. A model that is all float32 does not need this.
+    precision. A model that is all float32 does not need this. They are gathered where the module
+    is called, so what is compiled or checkpointed inside it holds none of FSDP's own operations.
 
         for block in model.blocks:
             fully_shard(dip.shard_variances(block, mesh=mesh), mesh=mesh, mp_policy=bf16)
@@ -57,10 +59,23 @@ def shard_variances(
         raise ValueError(
             f"mp_policy: expected variances to stay float32, got param_dtype={policy.param_dtype}"
         )
-    fresh: list[nn.Module] = [m for m in variances if not isinstance(m, FSDPModule)]
+    fresh = [m for m in variances if not isinstance(m, FSDPModule)]
     if fresh:
-        fully_shard(fresh, reshard_after_forward=reshard_after_forward, **fsdp)
+        fully_shard([*fresh], reshard_after_forward=reshard_after_forward, **fsdp)
+        module.register_forward_pre_hook(torch.compiler.disable(_gather_before(fresh)))
     return module
+
+
+def _gather_before(variances: list[Variance]) -> Callable[..., None]:
+    """A hook of the module around them: FSDP gathers them there, as it does its weights, and not
+    inside, where torch.compile and selective checkpoints would meet FSDP's own hooks."""
+
+    def gather(*_: Any) -> None:
+        if contexts.MODE == "on" or any(v.training for v in variances):
+            for v in variances:
+                v.gathered = v()
+
+    return gather
 
 
 def parallelize_module(

@@ -244,6 +244,77 @@ def test_fsdp_with_checkpointing_and_accumulation_is_one_process(rank, world):
     torch.testing.assert_close(gradients(model), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@on_ranks()
+def test_blocks_compile_whole_inside_mixed_precision(rank, world, checkpointed):
+    """The usual order: checkpoint, compile each block, shard."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Block):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    x, y = batch()
+    first, each = rank * len(x) // world, len(x) // world
+    mine, got, graphs = slice(first, first + each), [], []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        model = make_model()
+        for block in model[:2]:
+            block.__class__ = Checkpointed if checkpointed else Block
+            if compiled:
+                block.compile(backend=count, fullgraph=True)
+        shard(model, torch.bfloat16)
+        for step in range(2):
+            model.zero_grad()
+            with dip.fixed_noise(step, row0=first):
+                loss_of(model, x[mine], y[mine]).backward()
+        with torch.no_grad(), dip.fixed_noise(2, row0=first):
+            model(x[mine])  # without a backward pass, which would shard again
+        with dip.fixed_noise(3, row0=first):
+            loss_of(model, x[mine], y[mine]).backward()
+        got.append(gradients(model))
+    # the first block's, whose input wants no gradient; the second's; one for both without gradients
+    assert len(graphs) == 3, len(graphs)
+    torch.testing.assert_close(*got, rtol=0.02, atol=1e-3)
+    assert all(g.any() for g in of_variances(model).values())
+
+
+@on_ranks()
+def test_a_selective_checkpoint_meets_none_of_fsdps_own_operations(rank, world):
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    seen = set()
+
+    def policy(ctx, op, *args, **kwargs):
+        seen.add(str(op))
+        return op is torch.ops.aten.mm.default
+
+    class Selective(Block):
+        def forward(self, x):
+            return checkpoint(
+                super().forward,
+                x,
+                use_reentrant=False,
+                context_fn=lambda: create_selective_checkpoint_contexts(policy),
+            )
+
+    model = make_model()
+    for block in model[:2]:
+        block.__class__ = Selective
+    shard(model)
+    x, y = batch()
+    with dip.fixed_noise(5):
+        loss_of(model, x, y).backward()
+    torch.testing.assert_close(gradients(model), one_process(), rtol=1e-4, atol=1e-5)
+    assert seen and not [op for op in seen if op.startswith(("c10d", "fsdp", "profiler"))], seen
+
+
 @pytest.mark.parametrize("name, weights", [("penalty", (0.3, 0.02)), ("kl_penalty", (0.3,))])
 @on_ranks()
 def test_penalties_over_shards_are_those_of_the_whole(rank, world, name, weights):

@@ -79,6 +79,8 @@ class DIPLayer(Mixin):
                     if parameter.dtype.itemsize < 4 and (not own or in_zero(parameter)):
                         return parameter.float()
                 return parameter
+        elif isinstance(variance, Variance) and (before := variance.gathered_before()) is not None:
+            return before
         try:
             gathered: Tensor = variance()
         except KeyError as error:

@@ -85,6 +85,8 @@ class Variance(nn.Module):
     log_variance: nn.Parameter
     log_prior: Tensor
     pull: Tensor
+    # what FSDP gathered before the module around it: distributed.shard_variances
+    gathered: Tensor | None = None
 
     def __init__(
         self,
@@ -221,6 +223,15 @@ class Variance(nn.Module):
         # FSDP makes a subclass of this one, and after this call may free what it had gathered for
         # it.
         return self.log_variance if type(self) is Variance else self.log_variance.clone()
+
+    def gathered_before(self) -> Tensor | None:
+        """What FSDP gathered before the module around it, until it shards log_variance again; None
+        also where that was without a gradient, and one is wanted."""
+        own, gathered = self.log_variance, self.gathered
+        if gathered is None or (is_dtensor(own) and any(p.is_shard() for p in own.placements)):
+            return None
+        learns = torch.is_grad_enabled() and own.requires_grad
+        return None if learns and not gathered.requires_grad else gathered
 
     def hides(self, value: Tensor) -> bool:
         """Whether what log_variance gave is a part of it or freed memory, as FSDP1 and ZeRO-3 leave
