@@ -830,6 +830,36 @@ def test_converting_again_gives_no_layer_its_noise_twice():
         dip.convert(model)
 
 
+class ByHand(nn.Module):
+    """A SwiGLU whose author wrote its noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate, self.up = dip.DIPRMSNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act, self.down = dip.DIPGatedActivation(8), nn.Linear(8, 8)
+        self.gelu, self.head = dip.DIPActivation(8, "gelu"), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.head(self.gelu(self.down(self.act(self.gate(h), self.up(h)))))
+
+
+def test_what_reads_a_producer_made_by_hand_gets_no_second_noise():
+    model = ByHand()
+    plan = dip.producer_plan(model, [X])
+    rows = [(row.producer, row.layers) for row in plan.moved]
+    assert rows == [("norm", ("gate", "up")), ("act", ("down",)), ("gelu", ("head",))]
+    assert not plan.left
+    want = [m for m in model.modules() if isinstance(m, dip.Variance)]
+    dip.convert(model, place="producer", batches=[X])  # nothing is left to noise
+    assert [m for m in model.modules() if isinstance(m, dip.Variance)] == want
+    outer = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), model)
+    dip.convert(outer, place="producer", batches=[X], init_variance={"0": 0.5})
+    assert list(dip_layers(outer)) == ["0", "2.norm", "2.act", "2.gelu"]
+    dip.calibrate(outer, [X])
+    dip.check(outer, X)
+
+
 def test_an_adapter_put_around_a_plain_reader_is_not_noised_again():
     peft = pytest.importorskip("peft")
     model = dip.convert(net(), place="producer", batches=[X])

@@ -147,9 +147,10 @@ def convert(
     groups = [[m for m in group if m not in moved] for group in groups]
     groups = [group for group in groups if len(group) > 1]
     staying = [m for m in matched if m not in moved]
-    noised = [*staying, *asked, *(move.producer for move in moves)]
-    variance_of = _variances(init_variance, {m: names[m][0] for m in noised})
-    for move in moves:
+    made = [move for move in moves if move.twin is not None]
+    noised = [*staying, *asked, *(move.producer for move in made)]
+    variance_of = _variances(init_variance, {m: names[m][0] for m in noised}) if noised else {}
+    for move in made:
         check_init_variance(variance_of[move.producer], move.features)
     _one_variance_each(groups, variance_of, names)
     features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
@@ -163,7 +164,7 @@ def convert(
     for module in staying:
         _become_dip(module, twin_of(module), variance_of[module], num_samples)
     for move in moves:
-        _become_producer(move, variance_of[move.producer], num_samples)
+        _become_producer(move, variance_of.get(move.producer), num_samples)
     for module, twin in twins.items():
         _become_dip(module, twin, variance_of[module], num_samples, features[module])
     for module in (*staying, *twins):
@@ -437,7 +438,10 @@ def _become_dip(
 
 def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
     """The move's module noises its output; the layers that read it are plain, and know it."""
-    _become_dip(move.producer, move.twin, init_variance, num_samples, move.features, move.device)
+    if move.twin is not None:
+        _become_dip(
+            move.producer, move.twin, init_variance, num_samples, move.features, move.device
+        )
     if move.block is not None:
         block, twin = move.block
         block.__class__ = twin

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.activation import ActivationProducer, GateProducer, gated_block_type, gated_parts
+from ..nn.layer import DIPLayer
 from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
 from ..nn.twin import made_type
 from ..ops.activations import ACTIVATIONS
@@ -105,7 +106,7 @@ class Move:
 
     producer: nn.Module
     name: str
-    twin: type[Any]  # its DIP class
+    twin: type[Any] | None  # its DIP class; None of one that was there already
     features: int
     layers: tuple[nn.Module, ...]  # what reads it
     device: torch.device  # of what it makes
@@ -178,6 +179,9 @@ class _Planner:
         if len(made) < len(sources):
             beside = ", or tensors that differ" * isinstance(layer, nn.MultiheadAttention)
             return None, None, f"it reads the network's own input{beside}"
+        makers = {s.module if s.call is None else s.call.module for s in made}
+        if len(makers) == 1 and getattr(maker := makers.pop(), "noises_output", False):
+            return maker, None, ""
         gated = self._gated(layer, made)
         if gated is not None:
             act = getattr(gated.block, gated.parts[1], gated.parts[1])
@@ -234,6 +238,9 @@ class _Planner:
     def _move(
         self, producer: nn.Module, gated: _Gated | None, layers: list[nn.Module]
     ) -> Move | str:
+        if isinstance(producer, DIPLayer):
+            own = producer.log_variance
+            return Move(producer, self._name(producer), None, len(own), tuple(layers), own.device)
         calls = self.watch.calls[producer]
         read_along = {dim for call in calls for dim in call.dims}
         dim = self.dims[layers[0]] if gated is not None else max(read_along, default=-1)

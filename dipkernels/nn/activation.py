@@ -118,7 +118,8 @@ class DIPActivation(ActivationProducer, Activation):
     to the bit.
 
     It takes one pass forward and one in backward, and keeps x alone. Use it where only plain layers
-    read the output: they get their noise here. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU,
+    read the output: they get their noise here. `convert(place="producer")` leaves them plain; for
+    `convert` without it, `exclude` them. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU,
     nn.Tanh or dipkernels.nn.activation.QuickGELU.
 
     Args:
@@ -178,8 +179,8 @@ class DIPGatedActivation(GateProducer, GatedActivation):
 
         u = layer(gate_proj(x), up_proj(x))
 
-    It takes one pass forward and one in backward, and keeps a and b alone. `to_plain` turns it into
-    a `GatedActivation`.
+    It takes one pass forward and one in backward, and keeps a and b alone. The layers that read it
+    get their noise here, as with DIPActivation. `to_plain` turns it into a `GatedActivation`.
 
     Args:
         num_features: K.
