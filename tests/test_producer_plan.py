@@ -1350,6 +1350,21 @@ def test_half_precision_moves_what_single_precision_does(name):
     assert dip.producer_plan(plain.bfloat16(), [inputs]).moved == plan.moved
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
+def test_weights_without_values_move_as_those_with(name):
+    """On the meta device, before a model is sharded."""
+    plain, inputs, _ = built(name)
+    plan = dip.producer_plan(plain, [inputs])
+    empty = copy.deepcopy(plain).to("meta")
+    on_meta = {key: value.to("meta") for key, value in inputs.items()}
+    assert dip.producer_plan(empty, [on_meta]) == plan
+    dip.convert(empty, 0.04, place="producer", batches=[on_meta])
+    model = empty.to_empty(device="cpu")
+    model.load_state_dict(plain.state_dict())
+    want = dip.convert(plain, 0.04, place="producer", batches=[inputs]).state_dict()
+    torch.testing.assert_close(dict(model.state_dict()), dict(want), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if "resnet" not in name])
 def test_models_draw_the_noise_of_layers_that_share(name):
     plain, inputs, logits = built(name)

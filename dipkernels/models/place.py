@@ -446,8 +446,6 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
         or list(module.buffers())
     ):
         return none
-    if any(p.is_meta for p in parameters.values()):
-        return "it has no values yet, so what it computes cannot be seen"
     k = features if weight is None else len(weight)
     facts: dict[str, Any] = {"weight_name": weight_name, "eps_name": eps_name}
     if eps_name is None:  # F.normalize's, under which it takes no length: 1e-12
@@ -456,7 +454,9 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
     else:
         eps = operator.attrgetter(eps_name)(module)
         small = eps**0.5
-    device = next((p.device for p in parameters.values()), torch.device("cpu"))
+    # not the meta device, where weights wait for their values: these numbers take their place
+    devices = [p.device for p in parameters.values() if not p.is_meta]
+    device = devices[0] if devices else torch.device("cpu")
     numbers = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(k, generator=numbers, device="cpu").to(device) for name in parameters
