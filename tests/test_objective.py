@@ -1,5 +1,6 @@
 """objective and penalty: METHOD's formula, term by term."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from dipkernels.models.convert import convert
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
+from dipkernels.noise.contexts import fixed_noise
 from dipkernels.training.objective import KL, energy_score, kl_penalty, objective, penalty
 from dipkernels.training.predict import predict
 from dipkernels.training.trajectories import trajectories
@@ -65,6 +67,49 @@ def test_a_layer_without_features_adds_nothing_to_the_kl_penalty():
     model[0].variance.log_prior.zero_()
     torch.testing.assert_close(kl_penalty(nn.ModuleList([*model, DIPInput(0)])), kl_penalty(model))
     assert kl_penalty(DIPInput(0)).item() == 0.0
+
+
+class Member(nn.Module):
+    """A network whose forward gives its objective, for what swaps its parameters by a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = convert(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)), 0.25)
+
+    def forward(self, x, y):
+        return objective(trajectories(self.net, x, m=2), y, F.cross_entropy, self.net)
+
+
+def test_the_objective_of_stacked_networks_has_the_kl_term_of_each():
+    # copies: layers of models that were converted apart warn under one key
+    first, x = Member(), torch.randn(5, 3)
+    members = [copy.deepcopy(first) for _ in range(3)]
+    with torch.no_grad():
+        for member in members:
+            for p in member.parameters():
+                p += torch.randn_like(p) / 4
+    parameters, buffers = torch.func.stack_module_state(members)
+    base = copy.deepcopy(members[0]).to("meta")
+
+    def of_one(parameters, buffers):
+        return torch.func.functional_call(base, (parameters, buffers), (x, Y))
+
+    with fixed_noise(1):
+        losses = torch.vmap(of_one)(parameters, buffers)
+        wanted = torch.stack([member(x, Y) for member in members])
+    torch.testing.assert_close(losses, wanted)
+    losses.sum().backward()
+    wanted.sum().backward()
+    for name, stacked in parameters.items():
+        each = [member.get_parameter(name).grad for member in members]
+        torch.testing.assert_close(stacked.grad, torch.stack(each))
+
+
+def test_the_kl_term_of_a_base_without_values_is_no_silent_zero():
+    base = Member().to("meta")
+    for call in (kl_penalty, lambda model: penalty(model, 1.0, 1.0)):
+        with pytest.raises(ValueError, match=r"^log_variance: .*got none yet.*functional_call"):
+            call(base)
 
 
 def test_the_default_weight_needs_a_model_and_no_alpha():

@@ -252,18 +252,24 @@ class Variance(nn.Module):
                 "deepspeed.zero.GatheredParameters(list(model.parameters()))"
             )
 
+    def require_values(self, value: Tensor) -> None:
+        """Raise ValueError where what log_variance gave has none, or a part of them."""
+        self.require_whole(value)
+        if value.is_meta:
+            raise ValueError(
+                "log_variance: expected values, got none yet, for it is on the meta device: load "
+                "or move the model first (to_empty, load_state_dict(assign=True)). If the "
+                "parameters come by functional_call, the KL term belongs into the forward of the "
+                "module that is called"
+            )
+
     def detached(self) -> Tensor:
         """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a
         collective."""
         # accelerate's offload has it on meta, but for the time of a call.
         offloaded = self.log_variance.is_meta and "forward" in self.__dict__
         value = self() if offloaded else self.log_variance
-        self.require_whole(value)
-        if value.is_meta:
-            raise ValueError(
-                "log_variance: expected values, got none yet, for it is on the meta device: load "
-                "or move the model first (to_empty, load_state_dict(assign=True))"
-            )
+        self.require_values(value)
         value = dtensor.full(value.detach())
         return value.float() if value.dtype.itemsize < 4 else value
 

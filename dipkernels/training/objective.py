@@ -31,11 +31,16 @@ def _variances(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
         raise ValueError("model: expected DIP layers, found none; convert it first")
     unique = {id(tensor): variance for tensor, variance in found}
     # accelerate keeps what it offloads on the meta device, where it gets no gradient: its term
-    # would be a constant.
-    own = [v for v in unique.values() if v.num_features > 0 and not v.log_variance.is_meta]
+    # would be a constant. Without its hooks such a model is one to be filled, or functional_call's.
+    offloads = any(hasattr(m, "_hf_hook") for m in model.modules())
+    own = [
+        v
+        for v in unique.values()
+        if v.num_features > 0 and not (offloads and v.log_variance.is_meta)
+    ]
     rows = [(v.log_variance, full(v.log_prior), full(v.pull) / v.num_features) for v in own]
     for variance, row in zip(own, rows):
-        variance.require_whole(row[0])
+        variance.require_values(row[0])
     sharded: list[tuple[Tensor, Tensor, Tensor]] = [
         (values, laid_out_as(prior, values), laid_out_as(weight, values))
         for values, prior, weight in rows
@@ -74,7 +79,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
 
     Raises:
         TypeError: What is no model, or no number.
-        ValueError: A model without DIP layers, or a bad weight.
+        ValueError: A model without DIP layers or without values (on the meta device), or a bad
+            weight.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
