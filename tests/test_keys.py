@@ -1,0 +1,82 @@
+"""What a network learns of a noise that comes again. docs/guides/reproducibility.md."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+
+
+@pytest.mark.parametrize("place", ["input", "producer"])
+def test_one_key_for_support_and_query_gives_the_classes_away(place):
+    """MAML on tasks with nothing to learn, ordered by class: five classes, told by the noise."""
+    plain = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+    plain.append(nn.Linear(64, 5))
+    order = torch.arange(5).repeat_interleave(4)
+
+    def right(keys):
+        """The share of queries that are answered, late in training."""
+        torch.manual_seed(0)
+        x = torch.randn(64, 16)
+        batches = {"batches": [x]} if place == "producer" else {}
+        model = dip.convert(copy.deepcopy(plain), place=place, **batches)
+        dip.calibrate(model, [x], ratio=1.0)
+        optimizer, hits = torch.optim.Adam(dip.param_groups(model, lr=3e-3)), []
+        weights = {n: p for n, p in model.named_parameters() if not n.endswith("log_variance")}
+        for step in range(80):
+            support, query, y = torch.randn(20, 16), torch.randn(20, 16), torch.randperm(5)[order]
+            adapted = weights
+            with dip.fixed_noise(keys * step):
+                for _ in range(2):
+                    out = torch.func.functional_call(model, adapted, (support,))
+                    loss = F.cross_entropy(out, y)
+                    slopes = torch.autograd.grad(loss, list(adapted.values()), create_graph=True)
+                    adapted = {n: p - 0.4 * g for (n, p), g in zip(adapted.items(), slopes)}
+            with dip.fixed_noise(keys * step + keys - 1):
+                out = torch.func.functional_call(model, adapted, (query,))
+            optimizer.zero_grad()
+            F.cross_entropy(out, y).backward()
+            optimizer.step()
+            hits.append((out.argmax(-1) == y).float().mean())
+        return torch.stack(hits[-30:]).mean().item()
+
+    assert right(keys=1) > 0.6
+    assert right(keys=2) < 0.3
+
+
+def test_lbfgs_learns_a_key_that_stays_and_no_key_of_few_iterations():
+    def losses(iterations, step_of):
+        """The loss under the last key, and under others."""
+        torch.manual_seed(0)
+        x = torch.randn(128, 6)
+        y = (x @ torch.randn(6, 3) + 0.5 * torch.randn(128, 3)).argmax(1)
+        model = dip.convert(nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)))
+        dip.calibrate(model, [x])
+        optimizer = torch.optim.LBFGS(
+            model.parameters(), max_iter=iterations, line_search_fn="strong_wolfe"
+        )
+
+        def closure():
+            optimizer.zero_grad()
+            loss = dip.objective(dip.trajectories(model, x, m=4), y, F.cross_entropy, model)
+            loss.backward()
+            return loss
+
+        for step in range(160 // iterations):
+            with dip.fixed_noise(step_of(step)):
+                optimizer.step(closure)
+        with dip.fixed_noise(step_of(step)):
+            own = closure().item()
+        others = []
+        for key in range(1000, 1010):
+            with dip.fixed_noise(key):
+                others.append(closure().item())
+        return own, sum(others) / len(others)
+
+    own, others = losses(20, lambda step: 0)
+    assert others > 3 * own
+    own, others = losses(4, lambda step: step)
+    assert others < 1.5 * own
