@@ -69,6 +69,36 @@ def test_a_layer_without_features_adds_nothing_to_the_kl_penalty():
     assert kl_penalty(DIPInput(0)).item() == 0.0
 
 
+@pytest.mark.parametrize(
+    ("loss", "factor"),
+    [
+        (lambda out, y, model, kl: objective(out, y, F.mse_loss, model, kl=kl), torch.var),
+        (lambda out, y, model, kl: energy_score(out, y) + kl_penalty(model, kl), torch.std),
+    ],
+)
+def test_kl_times_the_spread_of_a_target_pulls_as_for_a_standardised_one(loss, factor):
+    net = convert(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), 0.25)
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.variance.log_prior.normal_()
+    x, y = torch.randn(9, 3), torch.randn(9, 1)
+    y /= y.std()
+
+    def slopes(scale, kl):
+        model = copy.deepcopy(net)
+        with torch.no_grad():
+            model[2].weight *= scale
+            model[2].bias *= scale
+        with fixed_noise(1):
+            loss(trajectories(model, x, m=2), scale * y, model, kl).backward()
+        return torch.cat([model[0].log_variance.grad, model[2].log_variance.grad])
+
+    by = factor(100 * y)
+    wanted = slopes(1, KL)
+    torch.testing.assert_close(slopes(100, KL * by) / by, wanted, rtol=1e-4, atol=1e-6)
+    assert (slopes(100, KL) / by - wanted).abs().max() > 0.01  # the pull is missing
+
+
 class Member(nn.Module):
     """A network whose forward gives its objective, for what swaps its parameters by a call."""
 
