@@ -1,6 +1,9 @@
 """What a network learns of a noise that comes again. docs/guides/reproducibility.md."""
 
+import contextlib
 import copy
+import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
+from dipkernels import worlds
 
 
 @pytest.mark.parametrize("place", ["input", "producer"])
@@ -45,6 +49,49 @@ def test_one_key_for_support_and_query_gives_the_classes_away(place):
 
     assert right(keys=1) > 0.6
     assert right(keys=2) < 0.3
+
+
+def steps_of(model, context_of, number=11):
+    """What a training says of its keys."""
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(number):
+            with context_of(step):
+                loss = dip.trajectories(model, torch.ones(2, 4), m=2).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return [str(each.message) for each in caught]
+
+
+def test_a_training_under_one_key_is_told_once():
+    model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+    assert steps_of(model, lambda step: dip.fixed_noise(3), number=10) == []
+    (message,) = steps_of(model, lambda step: dip.fixed_noise(4), number=40)
+    assert "11 steps" in message and "fixed_noise(4)" in message
+    with dip.fixed_noise(5):
+        (message,) = steps_of(model, contextlib.nullcontext)
+    assert "fixed_noise(5)" in message
+
+
+def test_keys_that_no_training_repeats_are_not_told():
+    model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+
+    @contextlib.contextmanager
+    def beside(step):
+        """An attack and a prediction under one key, in each step."""
+        x = torch.ones(2, 4, requires_grad=True)
+        with dip.fixed_noise(6):
+            torch.autograd.grad(model(x).sum(), x)
+            dip.predict(model, x, k=2)
+        yield
+
+    assert steps_of(model, dip.fixed_noise, number=20) == []
+    assert steps_of(model, beside, number=20) == []
+    on_another_device = torch.tensor([7])  # its number is not read
+    with mock.patch.object(worlds, "has_values", lambda key: False):
+        assert steps_of(model, lambda step: dip.fixed_noise(on_another_device + step)) == []
 
 
 def test_lbfgs_learns_a_key_that_stays_and_no_key_of_few_iterations():

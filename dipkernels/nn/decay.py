@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .. import worlds
+from ..noise import guards
 
 _variances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _checked: weakref.WeakKeyDictionary[Optimizer, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -24,6 +25,7 @@ def watch(variance: nn.Module) -> None:
     _variances.add(variance)
     if _hook is None:
         _hook = register_optimizer_step_pre_hook(_check)
+        register_optimizer_step_pre_hook(guards.watch_steps)
 
 
 def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -24,8 +24,11 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 def watch_checkpoint(seed: Tensor) -> None:
     """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at
     first."""
-    if _in_backward() == -1 and torch.is_grad_enabled() and _saved_tensor_hooks(False) is None:
-        return  # no checkpointed block's first forward
+    global _last_key
+    if _in_backward() == -1 and torch.is_grad_enabled():
+        _last_key = contexts.TAG
+        if _saved_tensor_hooks(False) is None:
+            return  # no checkpointed block's first forward
     if _in_backward() == -1:
         if (mark := _mark_of(seed)) is not None:
             _first_draws[mark] = None
@@ -81,6 +84,32 @@ def _check_memory_budget() -> None:
             "layer again in backward (as it does torch.randn), which makes gradients wrong; run "
             "forward and backward inside fixed_noise(key)",
             stacklevel=2,
+        )
+
+
+# ---- steps of training that have one noise -------------------------------------------------------
+_FEW = 10  # may share a key: the inner steps of a meta-learner, two methods that are compared
+_last_key: Any = None  # what the last pass with gradients drew by since the last step
+_repeated: tuple[Any, int] = (None, 0)  # a key, and how many steps in a row it has served
+
+
+def watch_steps(*_: object) -> None:
+    """Before a step of an optimiser: warn, once for a key, where too many have had one noise."""
+    global _last_key, _repeated
+    if worlds.tracing() or _last_key is None:
+        return
+    key, _last_key = _last_key, None
+    while isinstance(key[0], tuple):  # a numbered pass of that key
+        key = key[0]
+    if key[0] == "a tensor":  # which would have to be read
+        return
+    _repeated = key[0], _repeated[1] + 1 if key[0] == _repeated[0] else 1
+    if _repeated[1] == _FEW + 1:
+        warnings.warn(
+            f"dipkernels: {_FEW + 1} steps of an optimiser in a row had the noise of one key, "
+            f"fixed_noise({key[0]}). A network learns a noise that stays, as if it were data. Give "
+            "each step a key of its own, such as its number: `with dip.fixed_noise(step):`",
+            stacklevel=3,
         )
 
 
