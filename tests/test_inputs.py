@@ -88,6 +88,15 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, shape, e
     refused(layer, torch.ones(()), ValueError, begins(layer) + rf"{expected}.*got \(\)")
 
 
+@OF_ALL
+@pytest.mark.parametrize("wrong", [(2, 4), (1,), (5,)])
+def test_a_log_variance_of_another_shape_is_no_wrong_input(make, shape, expected, wrong):
+    """As a hypernetwork gives it to functional_call."""
+    given = {"variance.log_variance": torch.zeros(wrong)}
+    with pytest.raises(ValueError, match=begins(make()) + r"expected a log_variance of shape"):
+        torch.func.functional_call(make(), given, torch.ones(shape))
+
+
 CUT = r"its weight reads that many.*to_plain, then convert and calibrate again"
 
 

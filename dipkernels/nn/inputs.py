@@ -58,6 +58,11 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         if x.is_complex():
             way_out = "; noise is real, so leave complex layers out: convert(exclude=...)"
         raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}{way_out}")
+    if sigma.shape != (layer.variance.num_features,):  # of functional_call, or set by hand
+        raise ValueError(
+            f"{name}: expected a log_variance of shape ({layer.variance.num_features},), got "
+            f"{tuple(sigma.shape)}; for one of each example use torch.vmap over the call"
+        )
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
         wanted = f"with {features} features along dimension {dim}"
         if dim in _BATCHED:
