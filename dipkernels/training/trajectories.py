@@ -39,10 +39,11 @@ def trajectories(
         model: A module in training mode (or inside sampling_on), or a callable.
         args: Its positional arguments: any pytrees, dataclasses and mappings.
         m: Number of trajectories, >= 1.
-        in_dims: 0 repeats a tensor, None passes it unchanged. One value for all arguments; or a
-            tuple for args, as in torch.vmap (kwargs are then repeated); or a dict from an
-            argument's position or name, for those that differ from 0, such as {"position_ids":
-            None}. An entry for a nested argument may be a prefix of its structure.
+        in_dims: 0 repeats a tensor, None passes it unchanged: layers that read it alone (a
+            DeepONet's trunk) then draw once for all m. One value for all arguments; or a tuple for
+            args, as in torch.vmap (kwargs are then repeated); or a dict from an argument's position
+            or name, for those that differ from 0, such as {"position_ids": None}. An entry
+            for a nested argument may be a prefix of its structure.
         kwargs: Its named arguments, the same.
 
     Returns:
