@@ -69,10 +69,9 @@ def test_a_training_under_one_key_is_told_once():
     model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
     assert steps_of(model, lambda step: dip.fixed_noise(3), number=10) == []
     (message,) = steps_of(model, lambda step: dip.fixed_noise(4), number=40)
-    assert "11 steps" in message and "fixed_noise(4)" in message
+    assert "11 steps" in message
     with dip.fixed_noise(5):
-        (message,) = steps_of(model, contextlib.nullcontext)
-    assert "fixed_noise(5)" in message
+        assert steps_of(model, contextlib.nullcontext) == [message]
 
 
 def test_keys_that_no_training_repeats_are_not_told():

@@ -106,9 +106,9 @@ def watch_steps(*_: object) -> None:
     _repeated = key[0], _repeated[1] + 1 if key[0] == _repeated[0] else 1
     if _repeated[1] == _FEW + 1:
         warnings.warn(
-            f"dipkernels: {_FEW + 1} steps of an optimiser in a row had the noise of one key, "
-            f"fixed_noise({key[0]}). A network learns a noise that stays, as if it were data. Give "
-            "each step a key of its own, such as its number: `with dip.fixed_noise(step):`",
+            f"dipkernels: {_FEW + 1} steps of an optimiser in a row had the noise of one key of "
+            "fixed_noise. A network learns a noise that stays, as if it were data. Give each step "
+            "a key of its own, such as its number: `with dip.fixed_noise(step):`",
             stacklevel=3,
         )
 
