@@ -71,6 +71,16 @@ def test_a_layer_that_nothing_calls_and_one_whose_output_is_lost_are_named():
     assert "not called" in found["unused"] and "does not reach" in found["dropped"]
 
 
+def test_layers_that_reach_a_returned_object_alone_are_no_fault():
+    class Policy(Half):
+        def forward(self, x):
+            self.dropped(x)
+            mean = torch.distributions.Normal(self.used(x), 1.0, validate_args=False)
+            return torch.distributions.Independent(mean, 1), x.sum(-1)
+
+    assert list(faults(dip.convert(Policy()), X)) == ["unused", "dropped"]
+
+
 def test_a_layer_whose_forward_is_called_by_itself_passes():
     class Direct(nn.Module):
         def __init__(self):

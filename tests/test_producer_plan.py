@@ -6,6 +6,7 @@ import fnmatch
 import pickle
 import random
 import re
+import types
 import warnings
 
 import numpy as np
@@ -230,6 +231,12 @@ def returned(self, x):
     return self.head(self.act(self.a(y) + self.b(y))), y
 
 
+def returned_inside(self, x):
+    """As the mean of a policy's distribution."""
+    y = self.norm(self.stem(x))
+    return self.head(self.act(self.a(y) + self.b(y))), types.SimpleNamespace(mean=y)
+
+
 def kept(self, x):
     self.last = self.norm(self.stem(x))
     return self.head(self.act(self.a(self.last) + self.b(self.last)))
@@ -442,6 +449,7 @@ def dropped(self, y):
     [
         (forward(residual), "a", r"add in the model itself \(Variant\) reads it"),
         (forward(returned), "a", "the model returns it"),
+        (forward(returned_inside), "a", "the model, a hook or its output keeps it"),
         (forward(kept), "b", "the model, a hook or its output keeps it"),
         (forward(made_once), "a", "it reads the network's own input"),
         (forward(twice), "a", "a layer reads it twice in a pass"),

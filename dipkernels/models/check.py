@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..nn.layer import DIPLayer, weight_of
@@ -329,11 +331,22 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return run_batch(model, batch)
 
 
+def _with_contents(found: list[Any]) -> list[Any]:
+    """These, and what the objects among them hold: the mean in a policy's distribution."""
+    seen: set[int] = set()
+    for leaf in found:  # which grows meanwhile
+        if isinstance(leaf, (Tensor, nn.Module, type, ModuleType)) or id(leaf) in seen:
+            continue
+        seen.add(id(leaf))
+        found += pytree.tree_leaves(getattr(leaf, "__dict__", None))
+    return found
+
+
 def _reached(out: Any) -> set[int] | None:
     """The ids of the parameters that the loss, or where there is none any output, depends on; None
     where a reentrant checkpoint hides them, whose inside is in no graph yet."""
     loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    ends = [loss] if isinstance(loss, Tensor) else leaves(out)
+    ends = [loss] if isinstance(loss, Tensor) else _with_contents(leaves(out))
     nodes: list[Any] = [t.grad_fn for t in ends if isinstance(t, Tensor)]
     seen: set[Any] = set()
     found: set[int] = set()

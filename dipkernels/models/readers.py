@@ -205,7 +205,10 @@ class Watch(TorchDispatchMode):
     def _pass(self, model: nn.Module, batch: Any) -> None:
         self._stack, self._reading = [], 0
         with self._functions, self:
-            self._note(leaves(run_batch(model, batch)), "the model returns it")
+            made = leaves(run_batch(model, batch))
+            self._note(made, "the model returns it")
+        # a returned object may keep a tensor; a returned tensor's graph keeps what nobody reads
+        made = [each for each in made if not isinstance(each, Tensor)]
         if self._kept():
             gc.collect()
         for call in self._kept():
