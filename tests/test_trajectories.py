@@ -328,6 +328,14 @@ def test_predict_stacks_any_structure():
     assert predict(model, X, k=2).shape == (5, 3)
 
 
+@pytest.mark.parametrize("k", [0, 3])
+def test_predict_refuses_to_stack_an_object_of_which_it_would_give_the_first(k):
+    """A policy's distribution."""
+    model = Wrapped(DIPLinear(6, 3), lambda y: torch.distributions.Normal(y, 1.0))
+    with pytest.raises(TypeError, match=r"^model: expected tensors in the output.*got Normal"):
+        predict(model, X, k=k, average=None)
+
+
 def test_predict_refuses_a_plain_model_and_an_output_without_logits():
     with pytest.raises(ValueError, match=r"^average: expected one of .*, got 'mean'"):
         predict(mlp(), X, average="mean")

@@ -134,7 +134,14 @@ def predict(
                 else:
                     out = map_tensors(lambda name, value: value[None], run(*args, **kwargs))
             if average is None:  # copies: a model may return memory that its next pass writes into
-                parts.append(map_tensors(lambda name, value: value.clone(), out))
+                copied = map_tensors(lambda name, value: value.clone(), out)
+                if copied is out:  # nothing in it changed
+                    raise TypeError(
+                        "model: expected tensors in the output, for average=None stacks them, got "
+                        f"{_kind(out)}; return its parts (a distribution's mean and deviation), or "
+                        "call the model k times inside dip.sampling_on()"
+                    )
+                parts.append(copied)
                 continue
             part = tensor_output(out, average, dim, stacked=1).sum(0)
             parts = [parts[0].add_(part)] if parts else [part]
