@@ -227,8 +227,11 @@ class Variance(nn.Module):
     def gathered_before(self) -> Tensor | None:
         """What FSDP gathered before the module around it, until it shards log_variance again; None
         also where that was without a gradient, and one is wanted."""
-        own, gathered = self.log_variance, self.gathered
-        if gathered is None or (is_dtensor(own) and any(p.is_shard() for p in own.placements)):
+        gathered = self.gathered
+        if gathered is None:
+            return None
+        own = self.log_variance
+        if is_dtensor(own) and any(p.is_shard() for p in own.placements):
             return None
         learns = torch.is_grad_enabled() and own.requires_grad
         return None if learns and not gathered.requires_grad else gathered
