@@ -217,6 +217,40 @@ def test_a_compiled_checkpoint_has_one_noise(preserve):
     assert noise_agrees(block, compiled, x)
 
 
+class Pair(nn.Module):
+    """Two layers that read one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = torch.sin(x)
+        return self.a(h) * self.b(h)
+
+
+def test_a_compiled_checkpoint_of_layers_that_share_needs_the_documented_setting():
+    plain = dip.convert(Pair(), share=[("a", "b")], init_variance=0.3)
+    x, gradients = torch.randn(4, 8, requires_grad=True), []
+
+    def run(x):
+        return checkpoint(plain, x, use_reentrant=False)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="HOP: Unsafe side effect"):
+        compiled(x)
+    setting = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    for call in (torch.compile(plain, backend="aot_eager", fullgraph=True), compiled):
+        torch._dynamo.reset()
+        plain.zero_grad()
+        torch.manual_seed(3)
+        with torch._dynamo.config.patch({setting: True}):
+            call(x).sum().backward()
+        gradients.append([p.grad.clone() for p in plain.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_memory_budget_is_warned_of_with_drawn_seeds_and_right_with_a_key():
     from torch._functorch import config
 
