@@ -1,5 +1,8 @@
 """Learned noise at the input of every layer (distributional input projection, DIPNet, arXiv
-2506.04690), by fused kernels."""
+2506.04690), by fused kernels.
+
+First convert, calibrate and param_groups; in each step trajectories and objective; then predict,
+summary and check. README.md and docs/quickstart.md show a whole training."""
 
 __version__ = "0.1.0"
 

@@ -45,7 +45,7 @@ def shard_variances(
         The module.
 
     Raises:
-        TypeError: What is no module.
+        TypeError: Something other than a module.
         ValueError: There are no DIP layers, or mp_policy is of half precision.
     """
     require_module(module)

@@ -149,7 +149,7 @@ class progress(Generic[Batch]):
             second.
 
     Raises:
-        TypeError: What is no model, or an `every` that is no integer.
+        TypeError: Something other than a model, or an `every` that is no integer.
         ValueError: The model has no DIP layers, or every < 1.
 
     Examples:

@@ -110,15 +110,16 @@ def calibrate(
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
             restored afterwards. A BatchNorm that has seen no batch yet takes each batch's own
             statistics, as in training (so it needs two examples in a batch); its running ones stay
-            as they are. `torch.nn.utils.spectral_norm` finds its norms for the time of the call.
+            as they are. Power iterations of `torch.nn.utils.spectral_norm` are undone at the end.
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
-            element is the input; the last two kinds inside an iterable, `[(x, y)]`.
+            element is the input. A list or tuple by itself is taken for several batches: put it
+            inside a list, `[(x, y)]`.
         ratio: > 0, sigma over spread, of the prior and at the start. None: 1, and 0.1 where a batch
             holds tokens: int32 or int64 where the model gets one tensor, a mapping's "input_ids" or
             "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads, unless its rows
             only rise, as time steps do. So too if the embedding reads them one place later: Whisper
-            gets 0.1 from labels as from decoder_input_ids, because its decoder reads the same.
+            gets 0.1 from its labels, which its decoder reads as it reads decoder_input_ids.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
             values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.

@@ -98,8 +98,7 @@ def convert(
             without noise: in eval mode to learn the number of features, in both modes to see which
             layer reads which tensor.
         num_samples: As for DIPLinear.
-        keep: As for DIPLinear; only for linear layers that share no draw. Those that do keep one u
-            for all of them.
+        keep: As for DIPLinear. Linear layers that share a draw keep one u together in any case.
 
     Returns:
         The model; its DIP layers are numbered 0, 1, ... An optimiser made before this call does
@@ -107,9 +106,9 @@ def convert(
         that list.
 
     Raises:
-        TypeError: What is no model, pattern, function or number where one is expected.
-        ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be
-            put before, or a value is bad. The model is as it was.
+        TypeError: Something other than the expected model, pattern, function or number.
+        ValueError: Nothing matched, a pattern matches nothing, `before` names a module that cannot
+            have noise before it, or a value is bad. The model is as it was.
         RuntimeError: FSDP or DDP has wrapped the model: variances added after that would not be
             synchronised.
 

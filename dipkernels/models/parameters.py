@@ -41,7 +41,7 @@ def param_groups(
         An empty group is left out.
 
     Raises:
-        TypeError: What is no model, or no number.
+        TypeError: Something other than a model or a number.
         ValueError: A bad value, a variance_lr without a DIP layer, or a model without parameters.
 
     Examples:

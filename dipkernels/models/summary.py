@@ -71,9 +71,9 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
         of the layer's root mean square spread are left out of the ratio.
 
     Raises:
-        TypeError: What is no model, or batches that hold no dense tensors.
-        ValueError: There are no DIP layers, a variance is NaN or infinite, or the batches are as
-            `calibrate` refuses them.
+        TypeError: Something other than a model, or batches that hold no dense tensors.
+        ValueError: There are no DIP layers, a variance is NaN or infinite, or the batches are
+            such as `calibrate` refuses.
 
     Examples:
         >>> plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

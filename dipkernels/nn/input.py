@@ -10,8 +10,8 @@ from .layer import DIM, DIPLayer, node_of, noised
 
 
 class DIPInput(DIPLayer, nn.Module):
-    """A projection alone, for a network's input or an embedding: u = x + sigma * z while training,
-    x in eval mode.
+    """The noise alone, for a network's input or an embedding: u = x + sigma * z while training, x
+    in eval mode.
 
     Args:
         num_features: K.

@@ -78,7 +78,7 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         whole, so all must call it.
 
     Raises:
-        TypeError: What is no model, or no number.
+        TypeError: Something other than a model or a number.
         ValueError: A model without DIP layers or without values (on the meta device), or a bad
             weight.
 
@@ -152,11 +152,12 @@ def objective(
     out has three or more, and averaged over the others (the project's choice).
 
     Args:
-        out: [m, B, ...], from `trajectories`. Of a model with several outputs: your own loss of
-            them + `kl_penalty`, or one call for each, with the model in one of the calls alone.
+        out: [m, B, ...], from `trajectories`. For a model with several outputs add your own loss
+            and `kl_penalty`; or call this for each output, and give the model in one call only.
         target: the second argument of loss_fn.
         loss_fn: returns a scalar, such as F.cross_entropy.
-        model: the model, for the terms on its variances. Without it there are none.
+        model: the model, whose variances the KL term pulls to their prior. Without it there is no
+            such term, and the noise fades.
         kl: >= 0. By default 0.4 with a model, 0 without one or beside alpha; 0 lets the loss alone
             move the variances. 0.4 is for a loss of about 1 where nothing is learned, such as a
             cross-entropy; of a regression multiply it by the target's variance.
@@ -223,7 +224,10 @@ def objective(
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
-        raise ValueError(f"loss_fn: expected a scalar tensor, got {described(losses[0])}")
+        raise ValueError(
+            f"loss_fn: expected a scalar tensor, got {described(losses[0])}; return the mean over "
+            "the examples"
+        )
     total = torch.stack(losses).mean()
     if model is not None and kl > 0:
         total = total + kl_penalty(model, kl).to(total.device)

@@ -93,10 +93,10 @@ def tune(
 
     Args:
         run: run(ratio, kl, budget) trains a fresh model for that many units, say epochs, and
-            returns the mapping {"clean": ..., "robust": ...}, both higher for better, on validation
-            data (accuracy as it is, and under an attack or noise). The same seed for all pairs
-            compares them best. An error in it ends `tune`, and the trials before are lost. If they
-            take hours, let it write each result to a file, and look there first.
+            returns the mapping {"clean": ..., "robust": ...} of scores on validation data, where
+            higher is better (accuracy as it is, and under an attack or noise). The same seed for
+            all pairs compares them best. An error in it ends `tune`, and the trials before are
+            lost. If they take hours, let it write each result to a file, and look there first.
         budget: units in all, at least one for each pair and round.
         ratios: values for `calibrate`, > 0, or one.
         kls: values for `objective`, >= 0, or one.
