@@ -549,7 +549,8 @@ def _saved(folder: str | os.PathLike[str], name: str) -> Path:
     path = Path(folder, name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"folder: expected a {name}, which dip.save writes, got none in {folder}"
+            f"folder: expected a {name}, which dip.save writes, got none in {folder}; a model that "
+            "was saved without it: convert it as before, then load_variances"
         )
     return path
 

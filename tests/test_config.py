@@ -338,7 +338,7 @@ def test_load_refuses_what_does_not_fit_and_leaves_a_plain_model_plain(tmp_path)
     with pytest.raises(ValueError, match="expected a file of safetensors"):
         dip.load(net(), tmp_path)
     (tmp_path / VARIANCES_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected a dip\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected a dip\.safetensors.*load_variances"):
         dip.load(net(), tmp_path)
     with pytest.raises(ValueError, match=r"model: expected one that dip\.apply has converted"):
         dip.save(dip.convert(net()), tmp_path)
