@@ -115,11 +115,12 @@ def calibrate(
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input. A list or tuple by itself is taken for several batches: put it
             inside a list, `[(x, y)]`.
-        ratio: > 0, sigma over spread, of the prior and at the start. None: 1, and 0.1 where a batch
-            holds tokens: int32 or int64 where the model gets one tensor, a mapping's "input_ids" or
-            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads, unless its rows
-            only rise, as time steps do. So too if the embedding reads them one place later: Whisper
-            gets 0.1 from its labels, which its decoder reads as it reads decoder_input_ids.
+        ratio: > 0, sigma over spread, of the prior and at the start. A `DIPConfig` takes ratios by
+            name. None: 1, and 0.1 where a batch holds tokens: int32 or int64 where the model gets
+            one tensor, a mapping's "input_ids" or "inputs_embeds", or any [B, T] of a batch that an
+            nn.Embedding reads, unless its rows only rise, as time steps do. So too if the embedding
+            reads them one place later: Whisper gets 0.1 from its labels, which its decoder reads as
+            it reads decoder_input_ids.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
             values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.
