@@ -67,7 +67,7 @@ _Trainer: Any = object  # a transformers.Trainer, or a subclass of it
 
 
 class DIPMixin(_Trainer):  # type: ignore[misc]
-    """Before a trainer of transformers or TRL in the bases of a class:
+    """Goes before a trainer of transformers or TRL among the bases of a class:
     `class DIPSFTTrainer(DIPMixin, SFTTrainer)`.
 
     The trainer then converts its model (after it has put adapters around it), calibrates it with
