@@ -333,7 +333,7 @@ def _samples_table(rows: list[dict]) -> str:
         saved = ours["saved_bytes"] / found["S = 1"]["saved_bytes"]
         where = f"{case['dtype']} {case['shape']}"
         lines.append([where, report.ratio(ours, spread=True), _verdict(ours), f"{saved:.3f}"])
-    return report.table(["M x K x N", f"S = {SAMPLES} over S = 1", "target", "bytes saved"], lines)
+    return report.table(["M x K x N", f"S = {SAMPLES} over S = 1", "target", "bytes kept"], lines)
 
 
 def _small_table(rows: list[dict]) -> str:
@@ -419,7 +419,7 @@ def short_text(record: dict) -> str:
         lines.append(
             [f"{case['dtype']} {case['shape']}", *cells, f"{saved:.2f}", f"{eager_saved:.2f}"]
         )
-    heads = ["M x K x N", "**DIP**", *LAYERS[2:], "bytes saved: **DIP**", "eager"]
+    heads = ["M x K x N", "**DIP**", *LAYERS[2:], "bytes kept: **DIP**", "eager"]
     return f"{report.table(heads, lines)}\n\n{machine.sentence(record['machine'])}."
 
 

@@ -315,14 +315,38 @@ def test_a_loss_among_the_outputs_of_folded_passes_asks_for_chunk_1():
     assert dip.predict(model, X, Y, k=4).shape == (6, 4)
 
 
-@pytest.mark.parametrize("target", [Y, F.one_hot(Y).float()])
-def test_a_batch_and_its_target_taken_for_two_batches_are_answered_with_the_shape(target):
+def test_a_ratio_for_each_name_is_told_where_it_belongs():
+    with pytest.raises(
+        TypeError, match=r"^ratio: expected .* > 0; for one of each name: DIPConfig"
+    ):
+        dip.calibrate(dip.convert(network()), [X], ratio={"0": 0.5})
+
+
+PAIR = r"^batches: expected tensors of one kind, .* and .*make one batch, \[\(x, y\)\]"
+
+
+@pytest.mark.parametrize(
+    ("target", "said", "said_of_images"),
+    [
+        (Y, PAIR, PAIR),
+        (Y.float(), PAIR, PAIR),
+        (F.one_hot(Y), PAIR, PAIR),
+        # which may be a batch of the same model
+        (
+            F.one_hot(Y).float(),
+            r"^DIPLinear\(.*: expected an input of",
+            r"^DIPConv2d\(.*: expected an input of",
+        ),
+    ],
+)
+def test_a_batch_and_its_target_taken_for_two_batches_are_told(target, said, said_of_images):
     for call in (dip.calibrate, dip.summary, dip.diagnostics.signal_to_noise):
-        with pytest.raises((TypeError, ValueError), match=r"^DIPLinear\(.*: expected an input of"):
+        with pytest.raises(ValueError, match=said):
             call(dip.convert(network()), (X, target))
         call(dip.convert(network()), [(X, target)])
+        call(dip.convert(network()), [X, X[:4]])
     images = dip.convert(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    with pytest.raises((TypeError, ValueError), match=r"^DIPConv2d\(.*: expected an input of"):
+    with pytest.raises(ValueError, match=said_of_images):
         dip.calibrate(images, (torch.randn(6, 3, 8, 8), target))
 
 

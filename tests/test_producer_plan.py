@@ -204,7 +204,7 @@ def test_the_plan_prints_what_moves_and_what_stays():
         "plan: 3 of 4 projections move into 2 module(s) that make their input",
         "  moved  norm (LayerNorm) -> a, b",
         "  moved  act (GELU) -> head",
-        "  left   no module -> stem: it reads the network's own input",
+        "  left   stem: it reads the network's own input",
     ]
     model = dip.convert(net(), place="producer", batches=X)
     rows = dip.summary(model)

@@ -147,7 +147,8 @@ def calibrate(
     Source: this project's choice; the paper does not state how lambda starts.
     """
     if ratio is not None:
-        ratio = real("ratio", ratio, above=0)
+        by_name = "; for one of each name: DIPConfig(ratio={pattern: number})"
+        ratio = real("ratio", ratio, above=0, other=by_name * isinstance(ratio, Mapping))
     if start is not None:
         start = real("start", start, above=0)
     floor = real("floor", floor, above=0)

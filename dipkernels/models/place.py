@@ -68,10 +68,9 @@ class PlanRow:
     reason: str = ""
 
     def __str__(self) -> str:
-        what = f"{self.producer} ({self.type})" if self.producer else "no module"
-        return f"{what} -> {', '.join(layer or 'the model itself' for layer in self.layers)}" + (
-            f": {self.reason}" if self.reason else ""
-        )
+        made_by = f"{self.producer} ({self.type}) -> " if self.producer else ""
+        layers = ", ".join(layer or "the model itself" for layer in self.layers)
+        return f"{made_by}{layers}" + (f": {self.reason}" if self.reason else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,6 +129,13 @@ def each_batch(batches: Iterable[Any]) -> Iterable[Any]:
         raise TypeError(
             f"batches: expected a batch or an iterable of batches, got {described(batches)}"
         )
+    if isinstance(batches, (list, tuple)) and all(isinstance(each, Tensor) for each in batches):
+        kinds = {(each.dtype, each.ndim > 1): described(each) for each in batches}
+        if len(kinds) > 1:  # not batches of one model
+            raise ValueError(
+                "batches: expected tensors of one kind, each a batch, got "
+                f"{' and '.join(kinds.values())}; of a pair (x, y) make one batch, [(x, y)]"
+            )
     return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
 
 
