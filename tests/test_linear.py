@@ -190,6 +190,7 @@ def test_linear_under_torch_func():
         (dict(keep="y"), "keep: expected"),
         (dict(sigma=torch.ones(3)), "sigma: expected shape"),
         (dict(x=torch.ones(2, 9)), "sigma: expected shape"),
+        (dict(sigma=-torch.ones(8)), "sigma: expected values >= 0"),
     ],
 )
 def test_linear_rejects(bad, error):
