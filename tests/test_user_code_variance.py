@@ -344,6 +344,10 @@ def test_models_joined_after_conversion_say_that_they_share_streams():
     ):
         with pytest.warns(UserWarning, match=said), dip.fixed_noise(1):
             call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with dip.fixed_noise(2):  # of these two it was said
+            a(x), b(x)
     number_layers(joined), number_layers(deep)
     one, other = make(), make()
     with warnings.catch_warnings():
