@@ -151,9 +151,14 @@ class DIPConfig:
                 f"data: expected a mapping, such as to_dict gives, got {type(data).__name__}"
             )
         if data.get("version") != VERSION:
+            way = (
+                "read it with the release that wrote it"
+                if "version" in data
+                else "DIPConfig(**data) takes fields that no release wrote"
+            )
             raise ValueError(
                 f"version: expected {VERSION}, which this release of dipkernels reads, got "
-                f"{data.get('version')!r}; read it with the release that wrote it"
+                f"{data.get('version')!r}; {way}"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(data.keys() - known - {"version"})

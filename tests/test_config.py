@@ -105,8 +105,8 @@ def test_unknown_keys_and_other_versions_are_refused(tmp_path):
         dip.DIPConfig.from_dict({**data, "neftune": 5})
     with pytest.raises(ValueError, match=r"version: expected 1, .*got 2"):
         dip.DIPConfig.from_dict({**data, "version": 2})
-    with pytest.raises(ValueError, match="version: expected 1"):
-        dip.DIPConfig.from_dict({})
+    with pytest.raises(ValueError, match=r"version: expected 1, .*None; DIPConfig\(\*\*data\)"):
+        dip.DIPConfig.from_dict({"m": 4})
     (tmp_path / CONFIG_FILE).write_text("{")
     with pytest.raises(ValueError, match=CONFIG_FILE):
         dip.DIPConfig.load(tmp_path)
@@ -154,6 +154,14 @@ def test_apply_chooses_layers_and_amounts_by_pattern():
     assert torch.allclose(low.up.variance.sigma, 0.5 * model.up.variance.sigma)
     model = dip.apply(net(), dip.DIPConfig(init_variance={"head": 1.0, "*": 0.25}, exclude=["up"]))
     assert [round(row.sigma_mean, 5) for row in dip.summary(model)] == [0.5, 1.0]
+
+
+def test_a_last_pattern_for_all_others_may_be_left_with_none():
+    for fields in ({"ratio": {"up": 0.5, "*": 1.0}}, {"init_variance": {"up": 0.5, "*": 1.0}}):
+        config = dip.DIPConfig(exclude=["body.*", "head"], **fields)
+        assert list(dip_layers(dip.apply(net(), config, [X]))) == ["up"]
+    with pytest.raises(ValueError, match=r"narrow patterns before wide ones, got \['up'\] behind"):
+        dip.apply(net(), dip.DIPConfig(ratio={"*": 1.0, "up": 0.5}), [X])
 
 
 def test_apply_noises_modules_by_name_and_shares():

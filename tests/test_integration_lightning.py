@@ -417,6 +417,21 @@ def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
     torch.testing.assert_close(module.state_dict(), first, rtol=1e-4, atol=1e-5)
 
 
+def test_fabric_saves_variances_under_the_plain_models_names(tmp_path):
+    def net():
+        return nn.Sequential(nn.Linear(X.shape[1], 8), nn.ReLU(), nn.Linear(8, 3))
+
+    model = dip.apply(net(), CONFIG, [X])
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    setup, _ = fabric.setup(model, torch.optim.AdamW(dip.param_groups(model, lr=1e-3)))
+    assert dip.variances(setup).keys() == dip.variances(model).keys()
+    dip.save(setup, tmp_path)
+    loaded = dip.load(net(), tmp_path)
+    dip.load_variances(setup, {name: v + 1 for name, v in dip.variances(loaded).items()})
+    for name, value in dip.variances(model).items():
+        assert torch.equal(value, dip.variances(loaded)[name] + 1)
+
+
 def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
     rows = []
 

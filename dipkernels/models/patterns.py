@@ -31,8 +31,9 @@ class Patterns:
 
     def require_used(self, names: Iterable[str], what: str = "a module's name") -> None:
         """Raise ValueError for patterns that have decided nothing about these names, of `what`:
-        with the names that look like them, or the earlier patterns that took what they match."""
-        unused = [p for p in self._patterns if p not in self._used]
+        with the names that look like them, or the earlier patterns that took what they match. A
+        final "*" is for what is left, which may be nothing."""
+        unused = [p for p in self._patterns if p not in self._used and p != "*"]
         if unused:
             raise ValueError(_no_match(self._argument, unused, names, what))
 

@@ -351,6 +351,7 @@ _INNER = {  # the child by which a wrapper holds the model
     "DeepSpeedEngine": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "_FabricModule": "_forward_module",
 }
 
 
