@@ -422,8 +422,9 @@ def test_fabric_saves_variances_under_the_plain_models_names(tmp_path):
         return nn.Sequential(nn.Linear(X.shape[1], 8), nn.ReLU(), nn.Linear(8, 3))
 
     model = dip.apply(net(), CONFIG, [X])
-    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
     setup, _ = fabric.setup(model, torch.optim.AdamW(dip.param_groups(model, lr=1e-3)))
+    assert dip.check(setup, X)
     assert dip.variances(setup).keys() == dip.variances(model).keys()
     dip.save(setup, tmp_path)
     loaded = dip.load(net(), tmp_path)

@@ -361,9 +361,11 @@ def _inner(module: nn.Module) -> str | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that wrappers, however many, hold."""
+    """The model that wrappers, however many, hold. Fabric's stays: it casts what the model gets."""
     inner = _inner(model)
-    return model if inner is None else unwrapped(getattr(model, inner))
+    if inner is None or inner == "_forward_module":
+        return model
+    return unwrapped(getattr(model, inner))
 
 
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
