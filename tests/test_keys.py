@@ -93,6 +93,52 @@ def test_keys_that_no_training_repeats_are_not_told():
         assert steps_of(model, lambda step: dip.fixed_noise(on_another_device + step)) == []
 
 
+def test_an_attack_under_one_key_is_not_told():
+    """It has its own optimiser, of its input (Carlini and Wagner)."""
+    model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+    predict, x = dip.diagnostics.predictor(model, 2, key=7), nn.Parameter(torch.ones(2, 4))
+    optimizer = torch.optim.Adam([x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            predict(x).sum().backward()
+            optimizer.step()
+
+
+def test_trainings_that_are_compared_under_one_key_are_not_told():
+    for _ in range(4):
+        model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        assert steps_of(model, lambda step: dip.fixed_noise(8), number=5) == []
+
+
+def test_steps_without_noise_are_not_told():
+    """Nor, for the same reason, those of a compiled model, whose keys nobody sees."""
+    model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.ones(2, 4)
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with dip.fixed_noise(10):
+            model(x).sum().backward()
+        for _ in range(20):
+            optimizer.step()
+            with dip.noise_off():
+                model(x).sum().backward()
+
+
+@pytest.mark.parametrize("first", ["weights", "variances"])
+def test_a_training_of_two_optimisers_is_told(first):
+    model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.ones(2, 4)
+    *weights, variances = dip.param_groups(model, lr=1e-3)
+    optimizers = [torch.optim.AdamW(weights), torch.optim.AdamW([variances])]
+    optimizers.sort(key=lambda o: o.param_groups[0] is variances, reverse=first == "variances")
+    with pytest.warns(UserWarning, match="11 steps") as found, dip.fixed_noise(9):
+        for _ in range(20):
+            model(x).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert len(found) == 1
+
+
 def test_lbfgs_learns_a_key_that_stays_and_no_key_of_few_iterations():
     def losses(iterations, step_of):
         """The loss under the last key, and under others."""

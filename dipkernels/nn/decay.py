@@ -1,5 +1,5 @@
-"""Says when an optimiser decays a variance: towards log_variance 0, which is sigma = 1.
-docs/guides/variance.md."""
+"""Says when an optimiser decays a variance, towards log_variance 0, which is sigma = 1, or learns
+the noise of one key. docs/guides/variance.md, reproducibility.md."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..noise import guards
 _variances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _checked: weakref.WeakKeyDictionary[Optimizer, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 _hook: Any = None
+_FEW = 10  # steps may share a key: the inner ones of a meta-learner
 
 
 def watch(variance: nn.Module) -> None:
@@ -25,7 +26,7 @@ def watch(variance: nn.Module) -> None:
     _variances.add(variance)
     if _hook is None:
         _hook = register_optimizer_step_pre_hook(_check)
-        register_optimizer_step_pre_hook(guards.watch_steps)
+        register_optimizer_step_pre_hook(_check_key)
 
 
 def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -42,8 +43,7 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     }
     if not decayed:
         return
-    count = sum(any(id(p) in decayed for p in _parameters(v)) for v in list(_variances))
-    if count:
+    if count := _count_in(decayed):
         warnings.warn(
             f"dipkernels: {type(optimizer).__name__} decays the log_variance of {count} DIP "
             "layer(s): weight decay pulls it towards 0, which is sigma = 1. Make the optimiser "
@@ -51,6 +51,25 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "or put the parameters named *.log_variance into a group with weight_decay=0",
             stacklevel=3,
         )
+
+
+def _check_key(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Warn, once for a key, where too many steps in a row have had its noise; not of an attack,
+    which trains its input."""
+    if worlds.tracing() or guards.steps_of_one_key(optimizer) != _FEW + 1:
+        return
+    if _count_in({id(p) for group in optimizer.param_groups for p in group["params"]}):
+        warnings.warn(
+            f"dipkernels: {_FEW + 1} steps of an optimiser in a row had the noise of one key of "
+            "fixed_noise. A network learns a noise that stays, as if it were data. Give each step "
+            "a key of its own, such as its number: `with dip.fixed_noise(step):`",
+            stacklevel=3,
+        )
+
+
+def _count_in(ids: set[int]) -> int:
+    """How many variances have a parameter among these."""
+    return sum(any(id(p) in ids for p in _parameters(v)) for v in list(_variances))
 
 
 def _parameters(variance: nn.Module) -> Iterable[nn.Parameter | None]:

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections import OrderedDict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 def watch_checkpoint(seed: Tensor) -> None:
     """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at
     first."""
-    global _last_key
+    global _key_drawn_by, _draws
     if _in_backward() == -1 and torch.is_grad_enabled():
-        _last_key = contexts.TAG
+        _key_drawn_by, _draws = contexts.TAG, _draws + 1
         if _saved_tensor_hooks(False) is None:
             return  # no checkpointed block's first forward
     if _in_backward() == -1:
@@ -88,29 +89,26 @@ def _check_memory_budget() -> None:
 
 
 # ---- steps of training that have one noise -------------------------------------------------------
-_FEW = 10  # may share a key: the inner steps of a meta-learner, two methods that are compared
-_last_key: Any = None  # what the last pass with gradients drew by since the last step
-_repeated: tuple[Any, int] = (None, 0)  # a key, and how many steps in a row it has served
+_key_drawn_by: Any = None  # of the last pass with gradients
+_draws = 0  # in such passes
+# of an optimiser: the key of its last step, how many steps in a row had that one, and _draws then
+_steps: WeakKeyDictionary[Any, tuple[Any, int, int]] = WeakKeyDictionary()
 
 
-def watch_steps(*_: object) -> None:
-    """Before a step of an optimiser: warn, once for a key, where too many have had one noise."""
-    global _last_key, _repeated
-    if worlds.tracing() or _last_key is None:
-        return
-    key, _last_key = _last_key, None
+def steps_of_one_key(optimizer: object) -> int:
+    """Before a step of an optimiser: how many of its steps in a row, with this one, have the noise
+    of one key; 0 where nothing tells."""
+    before, count, draws = _steps.get(optimizer, (None, 0, -1))
+    key = _key_drawn_by
+    if key is None or draws == _draws:
+        return 0
     while isinstance(key[0], tuple):  # a numbered pass of that key
         key = key[0]
     if key[0] == "a tensor":  # which would have to be read
-        return
-    _repeated = key[0], _repeated[1] + 1 if key[0] == _repeated[0] else 1
-    if _repeated[1] == _FEW + 1:
-        warnings.warn(
-            f"dipkernels: {_FEW + 1} steps of an optimiser in a row had the noise of one key of "
-            "fixed_noise. A network learns a noise that stays, as if it were data. Give each step "
-            "a key of its own, such as its number: `with dip.fixed_noise(step):`",
-            stacklevel=3,
-        )
+        return 0
+    count = count + 1 if key[0] == before else 1
+    _steps[optimizer] = key[0], count, _draws
+    return count
 
 
 # ---- data parallel: ranks that would draw one noise for different examples -----------------------
