@@ -557,6 +557,23 @@ def test_analytic_prediction_knows_what_is_read_beside_an_activation_of_its_own(
     torch.testing.assert_close(got, want.detach())
 
 
+def test_analytic_prediction_writes_where_an_activation_of_its_own_does():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.own = nn.Linear(8, 8), _InPlace()
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.own(h) + h
+
+    model, x = dip.convert(Twice(), init_variance=0.3), torch.randn(6, 8)
+    got = dip.predict(model, x, method="analytic", average="logits")
+    v = model.a.weight.square() @ model.a.log_variance.exp()
+    mu = F.linear(x, model.a.weight, model.a.bias)
+    torch.testing.assert_close(got, 2 * functional.expectation(mu, v, "quick_gelu").detach())
+
+
 def test_analytic_prediction_knows_a_layer_whose_forward_is_called_by_itself():
     class Direct(nn.Sequential):
         def forward(self, x):

@@ -868,6 +868,24 @@ def test_what_reads_a_producer_made_by_hand_gets_no_second_noise():
     dip.check(outer, X)
 
 
+@pytest.mark.parametrize("makers", [1, 2])
+def test_no_second_noise_behind_a_dropout_or_two_producers_made_by_hand(makers):
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.acts = nn.ModuleList(dip.DIPActivation(8, "gelu") for _ in range(makers))
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            h = self.up(self.norm(x))
+            return sum(self.head(self.drop(act(h))) for act in self.acts)
+
+    model = dip.convert(Mlp(), place="producer", batches=[X])
+    assert moved(dip.summary(model).plan) == {"norm": ("up",), "acts.0": ("head",)}
+    assert type(model.head) is nn.Linear
+
+
 def test_an_adapter_put_around_a_plain_reader_is_not_noised_again():
     peft = pytest.importorskip("peft")
     model = dip.convert(net(), place="producer", batches=[X])
@@ -1042,6 +1060,25 @@ class NormByLength(nn.Module):
 def test_a_norm_whose_eps_cannot_be_seen_stays(eps):
     plan = dip.producer_plan(having(norm=NormByLength(0.0, eps))(), [X])
     assert "NormByLength is not a LayerNorm" in left(plan)["a"]
+
+
+class ByGroups(nn.Module):
+    """Weights for a group of features that is normalised alone; or one weight for all (ScaleNorm)."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.g, self.eps = nn.Parameter(torch.rand(weights)), 1e-3
+
+    def forward(self, x):
+        x = x.unflatten(-1, (-1, len(self.g) if len(self.g) > 1 else x.shape[-1]))
+        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.g).flatten(-2)
+
+
+@pytest.mark.parametrize("weights", [1, 4])
+def test_a_norm_that_has_not_one_weight_for_each_feature_stays(weights):
+    plain = having(norm=types.new_class("GroupNormed", (ByGroups,))(weights))()
+    assert "GroupNormed is not a LayerNorm" in left(dip.producer_plan(plain, [X]))["a"]
+    dip.convert(plain, place="producer", batches=[X])(X)
 
 
 def test_a_norm_by_the_length_has_the_slopes_of_the_plain_one_at_zero():

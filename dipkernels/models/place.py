@@ -178,9 +178,11 @@ class _Planner:
         if len(made) < len(sources):
             beside = ", or tensors that differ" * isinstance(layer, nn.MultiheadAttention)
             return None, None, f"it reads the network's own input{beside}"
-        makers = {s.module if s.call is None else s.call.module for s in made}
-        if len(makers) == 1 and getattr(maker := makers.pop(), "noises_output", False):
-            return maker, None, ""
+        makers = [  # behind a dropout that training puts between, what eval mode reads
+            s.module if s.call is None else s.call.module for s in made if "dropout" not in s.op
+        ]
+        if makers and all(getattr(maker, "noises_output", False) for maker in makers):
+            return makers[0], None, ""
         gated = self._gated(layer, made)
         if gated is not None:
             act = getattr(gated.block, gated.parts[1], gated.parts[1])
@@ -480,6 +482,8 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
                 got.append(_with_slope(its, x, along))
     except Exception:
         got = []
+    if k != features:  # one weight for all features, or those of a group
+        got = []
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
         scale = None if weight is None else tensors[weight_name].double() + offset
         plain = functools.partial(
@@ -499,4 +503,4 @@ def norm_form(module: Any, features: int, dim: int) -> tuple[type[Any], dict[str
             like_input = all(y.stride() == x.stride() for y, _ in got)
             facts |= {"kind": form, "offset": offset, "like_input": like_input}
             return NormProducer, facts
-    return none if dim == -1 or isinstance(norm_form(module, features, -1), str) else _OVER_THE_LAST
+    return none if dim == -1 or isinstance(norm_form(module, k, -1), str) else _OVER_THE_LAST
