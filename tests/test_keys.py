@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import warnings
 from unittest import mock
 
@@ -77,17 +78,27 @@ def test_a_training_under_one_key_is_told_once():
 def test_keys_that_no_training_repeats_are_not_told():
     model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
 
-    @contextlib.contextmanager
-    def beside(step):
-        """An attack and a prediction under one key, in each step."""
+    def attack():
+        """And a prediction under one key, in each step."""
         x = torch.ones(2, 4, requires_grad=True)
         with dip.fixed_noise(6):
             torch.autograd.grad(model(x).sum(), x)
             dip.predict(model, x, k=2)
-        yield
+
+    @contextlib.contextmanager
+    def beside(step, after):
+        if not after:
+            attack()
+        with dip.fixed_noise(step):
+            yield
+        if after:
+            attack()
 
     assert steps_of(model, dip.fixed_noise, number=20) == []
-    assert steps_of(model, beside, number=20) == []
+    for after in (False, True):
+        assert steps_of(model, functools.partial(beside, after=after), number=20) == []
+    every_other = (contextlib.nullcontext(), dip.fixed_noise(6))
+    assert steps_of(model, lambda step: every_other[step % 2], number=40) == []
     on_another_device = torch.tensor([7])  # its number is not read
     with mock.patch.object(worlds, "has_values", lambda key: False):
         assert steps_of(model, lambda step: dip.fixed_noise(on_another_device + step)) == []

@@ -25,9 +25,8 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 def watch_checkpoint(seed: Tensor) -> None:
     """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at
     first."""
-    global _key_drawn_by, _draws
     if _in_backward() == -1 and torch.is_grad_enabled():
-        _key_drawn_by, _draws = contexts.TAG, _draws + 1
+        _note_key()
         if _saved_tensor_hooks(False) is None:
             return  # no checkpointed block's first forward
     if _in_backward() == -1:
@@ -89,25 +88,35 @@ def _check_memory_budget() -> None:
 
 
 # ---- steps of training that have one noise -------------------------------------------------------
-_key_drawn_by: Any = None  # of the last pass with gradients
-_draws = 0  # in such passes
-# of an optimiser: the key of its last step, how many steps in a row had that one, and _draws then
-_steps: WeakKeyDictionary[Any, tuple[Any, int, int]] = WeakKeyDictionary()
+# Of the passes with gradients: under what the last one drew, the key of that, how often this has
+# changed, and how many draws there were.
+_tag: Any = None
+_key: Any = None
+_keys = _draws = 0
+# of an optimiser, at its last step: how many steps had one key, _keys and _draws
+_steps: WeakKeyDictionary[Any, tuple[int, int, int]] = WeakKeyDictionary()
+
+
+def _note_key() -> None:
+    global _tag, _key, _keys, _draws
+    _draws += 1
+    if contexts.TAG is _tag:
+        return
+    _tag = key = contexts.TAG
+    while isinstance(key, tuple):  # (key, row0), or a numbered pass of that
+        key = key[0]
+    if key != _key:
+        _key, _keys = key, _keys + 1
 
 
 def steps_of_one_key(optimizer: object) -> int:
-    """Before a step of an optimiser: how many of its steps in a row, with this one, have the noise
-    of one key; 0 where nothing tells."""
-    before, count, draws = _steps.get(optimizer, (None, 0, -1))
-    key = _key_drawn_by
-    if key is None or draws == _draws:
+    """Before a step of an optimiser: how many of its steps, this one too, had the noise of one key,
+    and none of another between; 0 where nothing tells."""
+    count, keys, draws = _steps.get(optimizer, (0, -1, -1))
+    if _key in (None, "a tensor") or draws == _draws:  # a tensor would have to be read
         return 0
-    while isinstance(key[0], tuple):  # a numbered pass of that key
-        key = key[0]
-    if key[0] == "a tensor":  # which would have to be read
-        return 0
-    count = count + 1 if key[0] == before else 1
-    _steps[optimizer] = key[0], count, _draws
+    count = count + 1 if keys == _keys else 1
+    _steps[optimizer] = count, _keys, _draws
     return count
 
 
