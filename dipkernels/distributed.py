@@ -69,6 +69,8 @@ def shard_variances(
 def _gather_before(variances: list[Variance]) -> Callable[..., None]:
     """A hook of the module around them: FSDP gathers them there, as it does its weights, and not
     inside, where torch.compile and selective checkpoints would meet FSDP's own hooks."""
+    for v in variances:
+        v.gathered_with = tuple(variances)
 
     def gather(*_: Any) -> None:
         if contexts.MODE == "on" or any(v.training for v in variances):

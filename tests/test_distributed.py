@@ -283,6 +283,38 @@ def test_blocks_compile_whole_inside_mixed_precision(rank, world, checkpointed):
     assert len(graphs) == 3, len(graphs)
     torch.testing.assert_close(*got, rtol=0.02, atol=1e-3)
     assert all(g.any() for g in of_variances(model).values())
+    with torch.no_grad(), dip.sampling_on():
+        model.eval()(x[mine])
+
+
+@on_ranks()
+def test_a_method_beside_forward_has_the_variances_of_its_step(rank, world):
+    """FSDP gathers for it, and no hook of the module runs."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    class Encoder(Block):
+        def encode(self, x):
+            return self.down(self.up(x))
+
+    x, got = batch()[0], []
+    for sharded in (False, True):
+        model = make_model(1)
+        model[0].__class__ = Encoder
+        if sharded:
+            shard(model)
+            register_fsdp_forward_method(model[0], "encode")
+        optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+        with dip.fixed_noise(5):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model[0].encode(x).sum().backward()  # behind a step
+            with torch.no_grad():
+                model(x)
+            model[0].encode(x).sum().backward()  # behind a pass without gradients
+        got.append(of_variances(model))
+    assert got[0]["0.up.variance.log_variance"].any()
+    torch.testing.assert_close(*got, rtol=1e-4, atol=1e-4)
 
 
 @on_ranks()

@@ -87,6 +87,7 @@ class Variance(nn.Module):
     pull: Tensor
     # what FSDP gathered before the module around it: distributed.shard_variances
     gathered: Tensor | None = None
+    gathered_with: tuple[Variance, ...] = ()  # the group that FSDP gathers at once
 
     def __init__(
         self,
@@ -232,6 +233,8 @@ class Variance(nn.Module):
             return None
         own = self.log_variance
         if is_dtensor(own) and any(p.is_shard() for p in own.placements):
+            for each in self.gathered_with:  # the next call gathers the values of now for all
+                each.gathered = None
             return None
         learns = torch.is_grad_enabled() and own.requires_grad
         return None if learns and not gathered.requires_grad else gathered
