@@ -154,7 +154,7 @@ class DIPConfig:
             way = (
                 "read it with the release that wrote it"
                 if "version" in data
-                else "DIPConfig(**data) takes fields that no release wrote"
+                else "for fields written by hand take DIPConfig(**data)"
             )
             raise ValueError(
                 f"version: expected {VERSION}, which this release of dipkernels reads, got "

@@ -105,7 +105,10 @@ def test_unknown_keys_and_other_versions_are_refused(tmp_path):
         dip.DIPConfig.from_dict({**data, "neftune": 5})
     with pytest.raises(ValueError, match=r"version: expected 1, .*got 2"):
         dip.DIPConfig.from_dict({**data, "version": 2})
-    with pytest.raises(ValueError, match=r"version: expected 1, .*None; DIPConfig\(\*\*data\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"version: expected 1, .*None; for fields written by hand take DIPConfig\(\*\*data\)",
+    ):
         dip.DIPConfig.from_dict({"m": 4})
     (tmp_path / CONFIG_FILE).write_text("{")
     with pytest.raises(ValueError, match=CONFIG_FILE):

@@ -265,7 +265,7 @@ class Variance(nn.Module):
             raise ValueError(
                 "log_variance: expected values, got none yet, for it is on the meta device: load "
                 "or move the model first (to_empty, load_state_dict(assign=True)). If the "
-                "parameters come by functional_call, the KL term belongs into the forward of the "
+                "parameters come by functional_call, put the KL term into the forward of the "
                 "module that is called"
             )
 
