@@ -20,7 +20,7 @@ from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
 from ..noise import contexts
 from ..ops.dtensor import full
-from .probe import PLAN, around, eager, leaves, remembered, run_batch, untouched, unwrapped
+from .probe import PLAN, around, eager, remembered, run_batch, untouched, unwrapped
 
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
@@ -346,7 +346,7 @@ def _reached(out: Any) -> set[int] | None:
     """The ids of the parameters that the loss, or where there is none any output, depends on; None
     where a reentrant checkpoint hides them, whose inside is in no graph yet."""
     loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    ends = [loss] if isinstance(loss, Tensor) else _with_contents(leaves(out))
+    ends = [loss] if isinstance(loss, Tensor) else _with_contents(pytree.tree_leaves(out))
     nodes: list[Any] = [t.grad_fn for t in ends if isinstance(t, Tensor)]
     seen: set[Any] = set()
     found: set[int] = set()

@@ -281,6 +281,14 @@ def _with_zero(number: int, device: torch.device) -> Tensor:
 _captured: dict[int, Tensor] = {}
 
 
+def key_of(tag: Any) -> Any:
+    """The key in a TAG, (key, row0) or a numbered pass of that: a number, "a tensor" for one that
+    is not read, None where there is none."""
+    while isinstance(tag, tuple):
+        tag = tag[0]
+    return tag
+
+
 def capturing(device: str) -> bool:
     """Whether what runs on this device now is recorded into a CUDA graph."""
     # fake tensors may be of a device that is not there
@@ -293,11 +301,9 @@ def keep_for_replays(key: Tensor, stream: Tensor | None = None) -> None:
     a number, that every replay draws its noise."""
     if not capturing((key if stream is None else stream).device.type):
         return
-    tag, new = TAG, id(key) not in _captured
+    new = id(key) not in _captured
     _captured.update({id(t): t for t in (key, stream) if t is not None})
-    while tag is not None and isinstance(tag[0], tuple):  # of numbered_pass
-        tag = tag[0]
-    if new and tag is not None and tag[0] != "a tensor":
+    if new and key_of(TAG) not in (None, "a tensor"):
         warnings.warn(
             "dipkernels: a CUDA graph that is captured under fixed_noise keeps its key and row0: "
             "each replay draws the same noise, whatever fixed_noise is on then. For new noise in "

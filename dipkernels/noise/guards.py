@@ -102,9 +102,7 @@ def _note_key() -> None:
     _draws += 1
     if contexts.TAG is _tag:
         return
-    _tag = key = contexts.TAG
-    while isinstance(key, tuple):  # (key, row0), or a numbered pass of that
-        key = key[0]
+    _tag, key = contexts.TAG, contexts.key_of(contexts.TAG)
     if key != _key:
         _key, _keys = key, _keys + 1
 
