@@ -37,9 +37,8 @@ struct Draw {
 struct PerturbArgs {
   int64_t outer, features, inner;  // the draw's rows are outer * inner, its columns features
   Draw draw;
-  Operand x;     // null data: zeros
+  Operand x;     // null data: u is z, and sigma is null
   Operand u;     // written: x + factor * sigma * z
-  Operand z;     // written: z, where the layout is rows and dsigma is null
   Operand du;    // read where dsigma is written
   void* dsigma;  // [features], sigma's dtype, written
 };
@@ -49,8 +48,7 @@ struct PerturbArgs {
 using ParallelFor =
     void (*)(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context);
 
-// u where u.data is set, z where z.data is set, dsigma where dsigma is set. Returns null, or what
-// went wrong.
+// u where u.data is set, dsigma where dsigma is set. Returns null, or what went wrong.
 const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for);
 
 // How the CUDA kernels do it. No form changes a bit of u.

@@ -153,7 +153,7 @@ DIP_EXPORT const char* dip_cuda_problem() { return dip::cuda_problem(); }
 #endif
 // interface: backends.INTERFACE, of the schemas that these sources implement.
 DIP_EXPORT const char* dip_build_info() {
-  return "interface=3"
+  return "interface=4"
          "\ncpu="
 #ifdef DIP_HAS_CPU
          "portable"

@@ -9,43 +9,38 @@ namespace {
 
 constexpr int64_t kDrawn = 32 * 1024;  // numbers of a draw that a thread takes at a time, about
 
-// Draws beside one another: u_s = x + factor sigma z_s and z_s of the samples from `sample` on,
-// into what is given.
+// Draws beside one another, of the samples from `sample` on: u_s = x + factor sigma z_s, or z_s
+// without x and sigma.
 void draw_samples(
-    std::optional<Tensor> u, std::optional<Tensor> z, Tensor x, Tensor sigma, Tensor seed,
-    int64_t row0, int64_t col0, int64_t sample, double factor) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: expected shape (rows, K), contiguous");
-  STD_TORCH_CHECK(u || z, "u, z: expected one of them at least");
-  const int64_t samples = (u ? *u : *z).size(0);
-  const auto check = [&](const std::optional<Tensor>& t, const char* name) {
-    if (!t) return;
-    check_device(*t, name, x);
+    Tensor u, std::optional<Tensor> x, std::optional<Tensor> sigma, Tensor seed, int64_t row0,
+    int64_t col0, int64_t sample, double factor) {
+  STD_TORCH_CHECK(
+      u.dim() == 3 && u.is_contiguous(), "u: expected shape (samples, rows, K), contiguous");
+  const int64_t samples = u.size(0), k = u.size(2);
+  STD_TORCH_CHECK(bool(x) == bool(sigma), "x, sigma: expected both or none of them");
+  if (x) {
+    check_device(*x, "x", u);
     STD_TORCH_CHECK(
-        t->dim() == 3 && t->size(0) == samples && t->size(1) == x.size(0) &&
-            t->size(2) == x.size(1) && t->is_contiguous(),
-        name, ": expected shape (samples, rows, K), contiguous");
-  };
-  check(u, "u");
-  check(z, "z");
+        x->dim() == 2 && x->size(0) == u.size(1) && x->size(1) == k && x->is_contiguous(),
+        "x: expected shape (rows, K) of u, contiguous");
+  }
   int64_t dim = -1;
   STD_TORCH_CHECK(
       sample <= 65536 - samples, "sample: expected sample + num_samples <= 65536, got ", sample,
       " + ", samples);
   PerturbArgs first{};
-  first.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, false);
-  first.outer = x.size(0);
-  first.features = x.size(1);
+  first.draw = draw_of(u, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, false);
+  first.outer = u.size(1);
+  first.features = k;
   first.inner = 1;
   const auto operand = [&](const Tensor& t) {
-    return Operand{
-        const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), first.features,
-        1};
+    return Operand{const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), k, 1};
   };
-  if (u) first.x = operand(x), first.u = operand(*u);
-  if (z) first.z = operand(*z);
+  first.u = operand(u);
+  if (x) first.x = operand(*x);
   // Threads share out blocks of rows of the samples: there may be more threads than samples.
-  const int64_t k = first.features, block = larger(64, kDrawn / larger(1, k));
-  const int64_t blocks = ceil_div(first.outer, block), size = x.numel();
+  const int64_t block = larger(64, kDrawn / larger(1, k));
+  const int64_t blocks = ceil_div(first.outer, block), size = first.outer * k;
   const ParallelFor here = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*),
                               void* context) { f(0, total, context); };
   const auto move = [](Operand& t, int64_t elements) {
@@ -61,7 +56,6 @@ void draw_samples(
       a.draw.row0 += row;
       move(a.x, at);
       move(a.u, s * size + at);
-      move(a.z, s * size + at);
       if (const char* wrong = perturb_cpu(a, here))
         __atomic_store_n(&error, wrong, __ATOMIC_RELAXED);
     }

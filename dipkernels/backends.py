@@ -31,7 +31,7 @@ import torch
 NAMES = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("portable", "avx2", "avx512")
 # Of the operations' schemas; csrc/perturb_op.cpp says the same of those that it was built for.
-INTERFACE = "3"
+INTERFACE = "4"
 MIN_TORCH = (2, 10)  # the first with the whole of the stable ABI that csrc/torch.h uses
 # The first NVIDIA driver of each CUDA major release: a static runtime runs on any driver of its
 # major release or a newer one.

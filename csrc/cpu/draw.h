@@ -139,12 +139,18 @@ DIP_HD void prefetch_step(const T* p) {
 template <class C>
 constexpr bool kInRegisters = V::kLanes > 1 && sizeof(C) == 4;
 
+enum class Writes { kNothing, kNoise, kProjection };  // into u: z, or x + scale * z
+
 // Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns
 // [begin, end), and x is that of column `begin`.
-template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream, class F>
+template <class X, class T, Writes kWrites, bool kSum, bool kStream, class F>
 void use_tile(
-    const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc,
-    F&& ahead, int begin = 0, int end = kTile) {
+    const Polar& polar, const X* x, const T* du, T* u, const float* scale, float* acc, F&& ahead,
+    int begin = 0, int end = kTile) {
+  const auto store = [&](int at, One::F a, One::F b) {
+    if constexpr (kStream) One::stream_pair(u + at, a, b);
+    else One::store_pair(u + at, a, b);
+  };
   for (int i = begin / 2; i < end / 2; i += V::kLanes) {
     typename V::F even, odd;
     cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
@@ -155,13 +161,11 @@ void use_tile(
         One::store(acc + at, One::fma(One::load(du + at), a, One::load(acc + at)));
         One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
       }
-      if constexpr (kWrite) {
+      if constexpr (kWrites == Writes::kNoise) store(at, a, b);
+      if constexpr (kWrites == Writes::kProjection) {
         const One::F here = One::fma(One::load(scale + at), a, One::load(x + at - begin));
-        const One::F beside = One::fma(One::load(scale + next), b, One::load(x + next - begin));
-        if constexpr (kStream) One::stream_pair(u + at, here, beside);
-        else One::store_pair(u + at, here, beside);
+        store(at, here, One::fma(One::load(scale + next), b, One::load(x + next - begin)));
       }
-      if constexpr (kNoise) One::store_pair(z + at, a, b);
     });
   }
 }

@@ -159,8 +159,8 @@ struct Job {
   void sum_of(const Place& p, const Polar& polar, int begin, const float* scale, float* acc) const {
     const T* du = static_cast<const T*>(args.du.data) + p.at(args.du);
     const auto ahead = [&](int i) { prefetch_next(p, i); };
-    use_tile<T, T, false, true, false, false>(
-        polar, du, du, nullptr, nullptr, scale, acc, ahead, begin, begin + kPart);
+    use_tile<T, T, Writes::kNothing, true, false>(
+        polar, du, du, nullptr, scale, acc, ahead, begin, begin + kPart);
   }
 
   template <class T, bool kStream>
@@ -168,8 +168,8 @@ struct Job {
       const Place& p, const Polar& polar, int begin, const float* y, const float* scale) const {
     T* u = static_cast<T*>(args.u.data) + p.at(args.u);
     const auto ahead = [&](int i) { prefetch_next(p, i); };
-    use_tile<float, T, true, false, false, kStream>(
-        polar, y, nullptr, u, nullptr, scale, nullptr, ahead, begin, begin + kPart);
+    use_tile<float, T, Writes::kProjection, false, kStream>(
+        polar, y, nullptr, u, scale, nullptr, ahead, begin, begin + kPart);
   }
 };
 

@@ -15,13 +15,12 @@ struct Job {
   DType dtype;  // of what a tile in registers reads and writes
 
   explicit Job(const PerturbArgs& a) : args(a) {
-    dense = is_dense(a, a.x) && is_dense(a, a.u) && is_dense(a, a.z) && is_dense(a, a.du);
-    dtype = a.u.data ? a.u.dtype : a.z.data ? a.z.dtype : a.du.dtype;
+    dense = is_dense(a, a.x) && is_dense(a, a.u) && is_dense(a, a.du);
+    dtype = a.u.data ? a.u.dtype : a.du.dtype;
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
-    in_registers = kInRegisters<C> && a.inner == 1 && dense && (a.x.data || !a.u.data) &&
-                   same(a.x) && same(a.z) && same(a.du) &&
+    in_registers = kInRegisters<C> && a.inner == 1 && dense && same(a.x) && same(a.du) &&
                    (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = in_registers && !a.z.data && !a.dsigma && streams_to(a.u, a.outer * a.features);
+    streams = in_registers && !a.dsigma && streams_to(a.u, a.outer * a.features);
   }
 
   DIP_HD void prefetch(const Place& p, int n) const {
@@ -41,14 +40,9 @@ struct Job {
         const C* x = load_run<C>(a.x, p.at(a.x), n, buffer);
         for (int i = 0; i < n; ++i) u[i] = fma_of(scale_of(i), static_cast<C>(z[i]), x[i]);
       } else {
-        for (int i = 0; i < n; ++i) u[i] = scale_of(i) * static_cast<C>(z[i]);
+        for (int i = 0; i < n; ++i) u[i] = static_cast<C>(z[i]);
       }
       store_run<C>(a.u, p.at(a.u), n, u);
-    }
-    if (a.z.data) {
-      C* to = run_target<C>(a.z, p.at(a.z), target);
-      for (int i = 0; i < n; ++i) to[i] = static_cast<C>(z[i]);
-      store_run<C>(a.z, p.at(a.z), n, to);
     }
     if (acc) {
       const C* du = load_run<C>(a.du, p.at(a.du), n, buffer);
@@ -67,17 +61,15 @@ struct Job {
     const PerturbArgs& a = args;
     const T *x = static_cast<const T*>(a.x.data) + p.at(a.x),
             *du = static_cast<const T*>(a.du.data) + p.at(a.du);
-    T *u = static_cast<T*>(a.u.data) + p.at(a.u), *z = static_cast<T*>(a.z.data) + p.at(a.z);
+    T* u = static_cast<T*>(a.u.data) + p.at(a.u);
     const auto nothing = [](int) {};
-    if (!acc && !a.z.data)
-      use_tile<T, T, true, false, false, kStream>(polar, x, du, u, z, scale, acc, nothing);
-    else if (!acc && !a.u.data)
-      use_tile<T, T, false, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
+    if (!acc && a.x.data)
+      use_tile<T, T, Writes::kProjection, false, kStream>(polar, x, du, u, scale, acc, nothing);
     else if (!acc)
-      use_tile<T, T, true, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
+      use_tile<T, T, Writes::kNoise, false, kStream>(polar, x, du, u, scale, acc, nothing);
     else if (!a.u.data)
-      use_tile<T, T, false, true, false, false>(polar, x, du, u, z, scale, acc, nothing);
-    else use_tile<T, T, true, true, false, false>(polar, x, du, u, z, scale, acc, nothing);
+      use_tile<T, T, Writes::kNothing, true, false>(polar, x, du, u, scale, acc, nothing);
+    else use_tile<T, T, Writes::kProjection, true, false>(polar, x, du, u, scale, acc, nothing);
   }
 };
 

@@ -102,11 +102,11 @@ registry.define(
     _fake_linear_bwd,
     row_blocks.linear_bwd,
 )
-# u_s = x + factor sigma z_s and z_s, [samples, rows, K], into what is given.
+# u_s = x + factor sigma z_s, or z_s without x and sigma, into u [samples, rows, K].
 registry.define_pass(
     "draw_samples",
-    "(Tensor(a!)? u, Tensor(b!)? z, Tensor x, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, "
-    "int sample, float factor) -> ()",
+    "(Tensor(a!) u, Tensor? x, Tensor? sigma, Tensor seed, SymInt row0, SymInt col0, int sample, "
+    "float factor) -> ()",
 )
 # total [A, B] += the sum over samples of act(h), h [samples, A, B]. Then out [A, B] = factor total,
 # where it is wanted.
