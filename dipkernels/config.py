@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import integer, real
-from .models.calibrate import calibrate, check_per
+from .models.calibrate import amounts, calibrate, check_per
 from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
 from .models.patterns import Patterns, around, shared_groups, strings
-from .models.probe import CONFIG, listed, plain_names
+from .models.probe import CONFIG, listed
 from .nn.layer import DIPLayer
 from .nn.numbering import Model, dip_layers, require_module
-from .nn.variance import Variance
 from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
@@ -97,7 +95,7 @@ class DIPConfig:
         if isinstance(self.before, Mapping):
             kept["before"] = {p: integer(f"before[{p!r}]", d) for p, d in self.before.items()}
         kept["share"] = shared_groups(self.share)
-        kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "init_variance")}
+        kept |= {name: amounts(name, getattr(self, name)) for name in ("ratio", "init_variance")}
         kept |= {"m": integer("m", self.m, 1), "k": integer("k", self.k, 0)}
         for name in ("kl", "lambda_s"):
             kept[name] = float(real(name, getattr(self, name), least=0))
@@ -218,17 +216,6 @@ class DIPConfig:
         return predict(model, *args, **{"k": self.k, "average": self.average, **kwargs})
 
 
-def _amount(name: str, value: Any) -> Any:
-    """A number > 0, {pattern: number > 0} or None."""
-
-    def positive(number: Any) -> float:
-        return float(real(name, number, above=0, other=", or {pattern: number}"))
-
-    if isinstance(value, Mapping) and value and all(isinstance(p, str) for p in value):
-        return {pattern: positive(number) for pattern, number in value.items()}
-    return None if value is None else positive(value)
-
-
 # ---- a model -------------------------------------------------------------------------------------
 
 
@@ -308,39 +295,8 @@ def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | Non
 def calibrate_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
     """The second half of `apply`: set variances and priors by the ratio; nothing where the config
     has an init_variance."""
-    ratio = config.ratio
-    if config.init_variance is not None:
-        return
-    if not isinstance(ratio, Mapping):
-        calibrate(model, batches, ratio, per=config.per, start=config.start)
-        return
-    patterns, layers = Patterns("ratio", ratio), dip_layers(model)
-    found = {name: patterns.first(name) for name in layers}
-    patterns.require_used(found, "a DIP layer's name")
-    without = [name for name, p in found.items() if p is None]
-    if without:
-        raise ValueError(
-            f"ratio: expected a pattern for every layer, got none that matches {without}; end with "
-            "'*'"
-        )
-    ratios = {name: ratio[p] for name, p in found.items() if p is not None}
-    of_variance: dict[Variance, list[str]] = {}  # layers may share one
-    for name, layer in layers.items():
-        of_variance.setdefault(layer.variance, []).append(name)
-    for names in of_variance.values():
-        if len({ratios[name] for name in names}) > 1:
-            raise ValueError(
-                "ratio: expected one value for layers that share a variance, got different ones "
-                f"for {names}; let one pattern match them all"
-            )
-    calibrate(model, batches, 1.0, per=config.per, start=config.start)
-    state = variances(model)
-    modules = plain_names(model)  # whose names the state has, also of a compiled model
-    for name, values in state.items():
-        variance, _, part = name.rpartition(".")
-        if part != "pull":
-            values += 2 * math.log(ratios[of_variance[modules[variance]][0]])  # type: ignore[index]
-    load_variances(model, state)
+    if config.init_variance is None:
+        calibrate(model, batches, config.ratio, per=config.per, start=config.start)
 
 
 def config_of(model: nn.Module) -> DIPConfig | None:

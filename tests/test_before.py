@@ -177,7 +177,7 @@ def starting(init_variance):
         (nn.Sequential(Net()), at(""), "before: .*calls every child.*its first module"),
         (nn.MultiheadAttention(8, 2), at(""), "before: .*three inputs"),
         (dip.DIPLinear(8, 8), at(""), "before: .*a DIP layer already"),
-        (Net(), starting({"blocks.*": 0.1}), "init_variance: .*none that matches 'head'"),
+        (Net(), starting({"blocks.*": 0.1}), r"init_variance: .*none that matches \['head'\]"),
         (
             Net(),
             starting({"x": 0.2, "*": 0.1}),

@@ -152,6 +152,8 @@ def test_apply_chooses_layers_and_amounts_by_pattern():
         got, want = (m.get_submodule(name).variance for m in (model, whole))
         assert torch.allclose(got.sigma, factor * want.sigma)
         assert torch.equal(got.log_prior, got.log_variance)
+    dip.calibrate(whole, [X], ratio=ratio)
+    assert all(torch.equal(v, dip.variances(whole)[n]) for n, v in dip.variances(model).items())
     low = dip.apply(net(), dip.DIPConfig(include=["up", "body"], ratio=ratio, start=0.5), X)
     assert torch.equal(low.up.variance.log_prior, model.up.variance.log_prior)
     assert torch.allclose(low.up.variance.sigma, 0.5 * model.up.variance.sigma)

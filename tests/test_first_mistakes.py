@@ -315,13 +315,6 @@ def test_a_loss_among_the_outputs_of_folded_passes_asks_for_chunk_1():
     assert dip.predict(model, X, Y, k=4).shape == (6, 4)
 
 
-def test_a_ratio_for_each_name_is_told_where_it_belongs():
-    with pytest.raises(
-        TypeError, match=r"^ratio: expected .* > 0; for one of each name: DIPConfig"
-    ):
-        dip.calibrate(dip.convert(network()), [X], ratio={"0": 0.5})
-
-
 PAIR = r"^batches: expected tensors of one kind, .* and .*make one batch, \[\(x, y\)\]"
 
 

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from .. import worlds
 from ..arguments import real
 from ..nn.inputs import undense
+from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
+from ..nn.variance import Variance
 from ..ops import dtensor
 from .parameters import check_settable, set_named
+from .patterns import value_of_each
 from .probe import around, each_batch, input_of
 from .spreads import FEW, Examples, measured_spreads
 from .summary import Summary, summary
@@ -74,6 +77,36 @@ def _looked_up(model: nn.Module) -> Iterator[list[Tensor]]:
         yield found
 
 
+def amounts(name: str, value: Any) -> Any:
+    """A number > 0, {pattern: number > 0} or None."""
+
+    def positive(number: Any) -> float:
+        return float(real(name, number, above=0, other=", or {pattern: number}"))
+
+    if isinstance(value, Mapping) and value and all(isinstance(p, str) for p in value):
+        return {pattern: positive(number) for pattern, number in value.items()}
+    return None if value is None else positive(value)
+
+
+def _ratio_of_each(
+    ratio: float | Mapping[str, float] | None, layers: Mapping[str, DIPLayer]
+) -> dict[str, float]:
+    """Empty where there is none."""
+    if not isinstance(ratio, Mapping):
+        return {} if ratio is None else dict.fromkeys(layers, ratio)
+    ratios = value_of_each("ratio", ratio, layers, "a DIP layer's name")
+    of_variance: dict[Variance, list[str]] = {}  # layers may share one
+    for name, layer in layers.items():
+        of_variance.setdefault(layer.variance, []).append(name)
+    for names in of_variance.values():
+        if len({ratios[name] for name in names}) > 1:
+            raise ValueError(
+                "ratio: expected one value for layers that share a variance, got different ones "
+                f"for {names}; let one pattern match them all"
+            )
+    return ratios
+
+
 def check_per(per: object) -> None:
     if per not in ("layer", "feature"):
         raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
@@ -89,7 +122,7 @@ def _made_up_for(first: Examples) -> float:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    ratio: float | None = None,
+    ratio: float | Mapping[str, float] | None = None,
     *,
     per: str = "layer",
     start: float | None = None,
@@ -115,12 +148,12 @@ def calibrate(
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input. A list or tuple by itself is taken for several batches: put it
             inside a list, `[(x, y)]`.
-        ratio: > 0, sigma over spread, of the prior and at the start. A `DIPConfig` takes ratios by
-            name. None: 1, and 0.1 where a batch holds tokens: int32 or int64 where the model gets
-            one tensor, a mapping's "input_ids" or "inputs_embeds", or any [B, T] of a batch that an
-            nn.Embedding reads, unless its rows only rise, as time steps do. So too if the embedding
-            reads them one place later: Whisper gets 0.1 from its labels, which its decoder reads as
-            it reads decoder_input_ids.
+        ratio: > 0, sigma over spread, of the prior and at the start; or {pattern: ratio}, where the
+            first pattern that matches a layer's name counts. None: 1, and 0.1 where a batch holds
+            tokens: int32 or int64 where the model gets one tensor, a mapping's "input_ids" or
+            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads, unless its rows
+            only rise, as time steps do. So too if the embedding reads them one place later: Whisper
+            gets 0.1 from its labels, which its decoder reads as it reads decoder_input_ids.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
             values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.
@@ -132,8 +165,8 @@ def calibrate(
 
     Raises:
         TypeError: A ratio, start or floor that is no number, or batches that hold no dense tensors.
-        ValueError: Bad values, no batches, a DIP layer that no batch reached, or an input that is
-            constant or not finite. The message names the layer.
+        ValueError: Bad values, a layer without a ratio, no batches, a DIP layer that no batch
+            reached, or an input that is constant or not finite. The message names the layer.
 
     Warns:
         UserWarning: Inputs that vary by less than a thousandth of their size; it names the layers.
@@ -146,9 +179,7 @@ def calibrate(
 
     Source: this project's choice; the paper does not state how lambda starts.
     """
-    if ratio is not None:
-        by_name = "; for one of each name: DIPConfig(ratio={pattern: number})"
-        ratio = real("ratio", ratio, above=0, other=by_name * isinstance(ratio, Mapping))
+    ratio = amounts("ratio", ratio)
     if start is not None:
         start = real("start", start, above=0)
     floor = real("floor", floor, above=0)
@@ -156,6 +187,7 @@ def calibrate(
     layers = need_layers(model)
     full = {name: f"{name}.variance.log_variance".lstrip(".") for name in layers}
     check_settable({full[name]: layer.variance for name, layer in layers.items()})
+    ratios = _ratio_of_each(ratio, layers)
     tokens = False
 
     def noted(looked_up: list[Tensor]) -> Iterator[Any]:
@@ -176,8 +208,7 @@ def calibrate(
     share = _made_up_for(first)
     if start is None:  # a first input without features tells nothing
         start = math.sqrt(share or 1.0) if ratio is None else 1.0
-    if ratio is None:
-        ratio = TOKENS_RATIO if tokens else RATIO
+    default = TOKENS_RATIO if tokens else RATIO
     levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
     constant = [
         name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0
@@ -193,7 +224,7 @@ def calibrate(
     for name, level in levels.items():
         spread = spreads[name]
         spread = level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level)
-        priors[name] = 2 * (ratio * spread).log()
+        priors[name] = 2 * (ratios.get(name, default) * spread).log()
     more = 2 * math.log(start)
     large = [
         name or "(root)" for name, prior in priors.items() if (prior + max(more, 0) > 88).any()
@@ -201,7 +232,7 @@ def calibrate(
     if large:
         raise ValueError(
             "ratio: expected one whose sigma^2 = (ratio * start * spread)^2 float32 can hold, got "
-            f"{ratio} and start={start} at {large}"
+            f"{ratio or default} and start={start} at {large}"
         )
     for name, layer in layers.items():
         set_named(full[name], layer.variance, priors[name] + more)

@@ -37,7 +37,7 @@ from .convertible import (
     twin_of,
     unnoised,
 )
-from .patterns import Patterns, shared_groups
+from .patterns import Patterns, shared_groups, value_of_each
 from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
 
@@ -344,30 +344,26 @@ def _variances(
         if isinstance(init_variance, Mapping)
         else {"*": float(check_init_variance(init_variance, 1))}
     )
-    patterns, asked = Patterns("init_variance", by_pattern), []
-
-    def value_of(name: str) -> Any:
-        asked.append(name)
-        pattern = patterns.first(name)
-        if pattern is None:
-            raise ValueError(
-                "init_variance: expected a pattern for every layer, got none that matches "
-                f"{name!r}; end with '*'"
-            )
-        value = by_pattern[pattern]
-        return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
-
+    names = {
+        module: {part: f"{name}.{part}".lstrip(".") for part in in_projections(module)}
+        if isinstance(module, nn.MultiheadAttention)
+        else {"": name}
+        for module, name in modules.items()
+    }
+    every_name = [name for own in names.values() for name in own.values()]
+    found = value_of_each("init_variance", by_pattern, every_name, "a layer to convert")
     values: dict[nn.Module, Any] = {}
-    for module, name in modules.items():
-        if isinstance(module, nn.MultiheadAttention):
-            parts = in_projections(module)
-            values[module] = {part: value_of(f"{name}.{part}".lstrip(".")) for part in parts}
-        else:
-            values[module] = value_of(name)
-            if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
-                check_init_variance(values[module], features_of(module))
-    patterns.require_used(asked, "a layer to convert")
+    for module, own in names.items():
+        starts = {part: _start(found[name]) for part, name in own.items()}
+        values[module] = starts if isinstance(module, nn.MultiheadAttention) else starts[""]
+        if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
+            check_init_variance(values[module], features_of(module))
     return values
+
+
+def _start(value: float | Tensor) -> float | Tensor:
+    """One of [K] as it is, for its layer is not known here; a number checked."""
+    return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
 
 
 def _one_variance_each(

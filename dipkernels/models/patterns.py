@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 class Patterns:
@@ -36,6 +39,23 @@ class Patterns:
         unused = [p for p in self._patterns if p not in self._used and p != "*"]
         if unused:
             raise ValueError(_no_match(self._argument, unused, names, what))
+
+
+def value_of_each(
+    argument: str, by_pattern: Mapping[str, _T], names: Collection[str], what: str
+) -> dict[str, _T]:
+    """For each name the value of the first pattern that matches it. Raises ValueError where there
+    is none, and for patterns that decide nothing, as `Patterns.require_used`."""
+    patterns = Patterns(argument, by_pattern)
+    found = {name: patterns.first(name) for name in names}
+    without = [name for name, pattern in found.items() if pattern is None]
+    if without:
+        raise ValueError(
+            f"{argument}: expected a pattern for every layer, got none that matches {without}; end "
+            "with '*'"
+        )
+    patterns.require_used(names, what)
+    return {name: by_pattern[pattern] for name, pattern in found.items() if pattern is not None}
 
 
 def strings(argument: str, value: object) -> tuple[str, ...]:
