@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 import types as python_types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..nn.attention import DIPMultiheadAttention, DIPOutProjection
 from ..nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
-from ..nn.twin import first_parameter, made_type, twin_type
+from ..nn.twin import Wrapper, first_parameter, made_type, twin_type
 from .patterns import Patterns, around
 
 Types = tuple[type[nn.Module], ...]  # some of TWINS
@@ -33,10 +33,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _QUANTISED = re.compile(
     r"quantiz|quanto|\.qat|bitsandbytes|torchao|awq|gptq|hqq|eetq|finegrained_fp8", re.IGNORECASE
 )
-# What a DIP layer has beside the plain one. What uses one of these names for itself gets no twin.
-_OWN_NAMES = {"variance", "num_samples", "keep", "plain_type"}
-_OWN_NAMES |= {name for name in vars(DIPLayer) if not hasattr(nn.Module, name)}
-_OWN_NAMES -= {"reset_parameters", "__prepare_scriptable__"}
+# what a converted module has beside what its class defines
+_SET = {"variance", "num_samples", "keep", "plain_type", "made_of"}
 _TORCHS = {kind.__name__ for kind in TWINS}
 
 
@@ -264,7 +262,7 @@ def _reason(module: nn.Module, types: Types) -> str | None:
         return f"a subclass of nn.{base}, whose forward may be its own: {way_out} input"
     if replaced := _forward_replaced(module):
         return replaced
-    if taken := _taken(module, twin_of(module)):
+    if taken := names_taken(module, twin_of(module)):
         return f"it has {taken} of its own, names that a DIP layer uses: rename them"
     weight = None if is_adapter(module) else getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
@@ -308,19 +306,18 @@ def _forward_replaced(module: nn.Module) -> str | None:
     return None
 
 
-def _taken(module: nn.Module, twin: type[Any]) -> list[str]:
-    """What has been set on this object, or on a class of its own, under a name that its DIP class
-    would read."""
-    own = (*vars(module), *module._parameters, *module._buffers, *module._modules)
-    kind = type(module)
-    base: Any = _computes_as(kind) or kind
-    of_object = [
-        name
-        for name in own
-        if name in _OWN_NAMES or (hasattr(twin, name) and not hasattr(kind, name))
+def names_taken(module: nn.Module, twin: type[Any], facts: Iterable[str] = ()) -> list[str]:
+    """What the module has of its own, itself or by its class, under a name that its DIP class would
+    read: one that a class of this package defines before the plain one, or one of the facts that
+    the DIP class is made with."""
+    package = __name__.partition(".")[0]
+    ours = [
+        kind
+        for kind in twin.__mro__
+        if kind.__module__.partition(".")[0] == package and "made_of" not in vars(kind)
     ]
-    of_class = [name for name in dir(kind) if not hasattr(base, name)]
-    return of_object + [name for name in of_class if hasattr(TWINS.get(base), name)]
+    names = _SET.union(facts, *map(vars, ours)) - {"reset_parameters", "__prepare_scriptable__"}
+    return sorted(n for n in names if hasattr(module, n) and not hasattr(nn.Module, n))
 
 
 def no_twin(module: nn.Module) -> str | None:
@@ -341,8 +338,7 @@ def no_twin(module: nn.Module) -> str | None:
         )
     if first_parameter(kind) is None:
         return "its forward takes no first argument"
-    taken = sorted(name for name in _OWN_NAMES if hasattr(module, name))
-    if taken:
+    if taken := names_taken(module, Wrapper):
         return f"it has {taken} of its own, names that a DIP layer uses"
     return None
 

@@ -24,7 +24,15 @@ from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
 from ..nn.twin import made_type
 from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
-from .convertible import OUT_PROJECTION, Names, feature_dim_of, features_of, is_adapter, no_twin
+from .convertible import (
+    OUT_PROJECTION,
+    Names,
+    feature_dim_of,
+    features_of,
+    is_adapter,
+    names_taken,
+    no_twin,
+)
 from .probe import shown, untouched
 from .readers import Call, Made, Watch
 
@@ -41,11 +49,6 @@ _OVER_THE_LAST = "it is a norm over the last dimension, and its layers read it a
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 # why a layer stays that no batch was seen to enter
 UNREACHED = "the batches do not reach it, or what is around it reads its weight without calling it"
-# of a producer, beside a DIP layer's
-_TAKEN = (
-    *("kind", "offset", "weight_name", "eps_name", "length_eps", "like_input"),
-    *("noises_output", "made_of"),
-)
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -250,6 +253,8 @@ class _Planner:
         if isinstance(what, str):
             return what
         base, facts = what
+        if taken := names_taken(producer, base, facts):
+            return f"it has {taken} of its own, names that a DIP layer uses"
         reason = self._dtype_reason(producer, calls)
         if gated is not None:
             reason = reason or self._module_reason(gated.block) or self._layer_reason(layers[0])
@@ -271,10 +276,7 @@ class _Planner:
             return self.stay[module]
         if _has_hooks(module):
             return "it has hooks, which would see noise"
-        if (cannot := no_twin(module)) is not None:
-            return cannot
-        taken = [name for name in _TAKEN if hasattr(module, name)]
-        return f"it has {taken} of its own, names that a DIP module uses" if taken else ""
+        return no_twin(module) or ""
 
     def _dtype_reason(self, producer: nn.Module, calls: list[Call]) -> str:
         dtypes = {dtype for call in calls for dtype in call.dtypes if dtype is not None}
