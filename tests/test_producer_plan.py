@@ -18,7 +18,8 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels import functional
-from dipkernels.nn.activation import GatedBlock, gated_parts
+from dipkernels.models.gated import gated_parts
+from dipkernels.nn.activation import GatedBlock
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import dip_layers
 from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.activation import ActivationProducer, GateProducer, gated_block_type, gated_parts
+from ..nn.activation import ActivationProducer, GateProducer, gated_block_type
 from ..nn.layer import DIPLayer
 from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
 from ..nn.twin import made_type
@@ -33,6 +33,7 @@ from .convertible import (
     names_taken,
     no_twin,
 )
+from .gated import gated_parts
 from .probe import shown, untouched
 from .readers import Call, Made, Watch
 
