@@ -338,6 +338,13 @@ def quantised_weight():
     return layer
 
 
+def test_a_variance_of_another_size_leaves_attention_and_what_is_before_it_plain():
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    with pytest.raises(ValueError, match=r"^init_variance: expected .*\(8,\), got shape \(3,\)$"):
+        dip.convert(model, {"1.in_proj": torch.ones(3), "*": 0.1})
+    assert type(model[0]) is nn.Linear and type(model[1]) is nn.MultiheadAttention
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -121,22 +121,23 @@ def _excluded(names: Names, exclude: Sequence[str]) -> set[nn.Module]:
 
 def _asked_before(names: Names, before: Sequence[str] | Mapping[str, int]) -> dict[nn.Module, int]:
     """The modules that `before` names, each with its feature dimension."""
-    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(strings("before", before))
+    dims: dict[str, int | None] = dict.fromkeys(strings("before", before))
+    if isinstance(before, Mapping):
+        dims = {pattern: integer(f"before[{pattern!r}]", dim) for pattern, dim in before.items()}
+    patterns = Patterns("before", dims)
+    found = {m: patterns.all(*every_name) for m, every_name in names.items()}
+    patterns.require_used(_every_name(names))
     asked: dict[nn.Module, int] = {}
-    for pattern, dim in dims.items():
-        if isinstance(before, Mapping):
-            dim = integer(f"before[{pattern!r}]", dim)
-        patterns = Patterns("before", [pattern])
-        hits = [m for m, every_name in names.items() if patterns.all(*every_name)]
-        patterns.require_used(_every_name(names))
-        for module in hits:
+    for module, hits in found.items():
+        if hits:
             reason = no_twin(module)
             if reason is not None:
                 raise ValueError(
                     "before: expected modules that noise can be put before, got "
                     f"{names[module][0]!r} ({type(module).__name__}): {reason}"
                 )
-            asked.setdefault(module, feature_dim_of(module) if dim is None else dim)
+            dim = dims[hits[0]]  # the first pattern counts
+            asked[module] = feature_dim_of(module) if dim is None else dim
     return asked
 
 

@@ -31,7 +31,6 @@ from .convertible import (
     feature_dim_of,
     features_of,
     forward_set_by,
-    is_candidate,
     read_past,
     shown_together,
     twin_of,
@@ -149,11 +148,13 @@ def convert(
     made = [move for move in moves if move.twin is not None]
     noised = [*staying, *asked, *(move.producer for move in made)]
     variance_of = _variances(init_variance, {m: names[m][0] for m in noised}) if noised else {}
-    for move in made:
-        check_init_variance(variance_of[move.producer], move.features)
     _one_variance_each(groups, variance_of, names)
     features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
-    twins = {m: _twin_before(m, variance_of[m], features[m], dim) for m, dim in asked.items()}
+    features |= {m: features_of(m) for m in staying}
+    features |= {move.producer: move.features for move in made}
+    for module in noised:
+        _require_one_for_each_feature(module, variance_of[module], features[module])
+    twins = {m: _twin_before(m, dim) for m, dim in asked.items()}
     if plan is not None:
         _warn_unreached(plan)
     _warn_without_noise(choice)  # some make it an error: nothing has changed yet
@@ -161,7 +162,7 @@ def convert(
     for module, producer in choice.noised.items():
         base_layer(module).__dict__[NOISED_BY] = producer
     for module in staying:
-        _become_dip(module, twin_of(module), variance_of[module], num_samples)
+        _become_dip(module, twin_of(module), variance_of[module], num_samples, features[module])
     for move in moves:
         _become_producer(move, variance_of.get(move.producer), num_samples)
     for module, twin in twins.items():
@@ -356,14 +357,20 @@ def _variances(
     for module, own in names.items():
         starts = {part: _start(found[name]) for part, name in own.items()}
         values[module] = starts if isinstance(module, nn.MultiheadAttention) else starts[""]
-        if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
-            check_init_variance(values[module], features_of(module))
     return values
 
 
 def _start(value: float | Tensor) -> float | Tensor:
-    """One of [K] as it is, for its layer is not known here; a number checked."""
+    """A number, checked; or a tensor of one for each feature, of which not all is known yet."""
     return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
+
+
+def _require_one_for_each_feature(module: nn.Module, init_variance: Any, features: int) -> None:
+    if isinstance(module, nn.MultiheadAttention):
+        for part, (width, _) in in_projections(module).items():
+            check_init_variance(init_variance[part], width)
+    else:
+        check_init_variance(init_variance, features)
 
 
 def _one_variance_each(
@@ -380,9 +387,9 @@ def _one_variance_each(
             )
 
 
-def _twin_before(module: Any, init_variance: Any, features: int, dim: int) -> type[Any]:
-    """The class of a module that has the projection before it, with what can go wrong found out."""
-    check_init_variance(init_variance, features)
+def _twin_before(module: Any, dim: int) -> type[Any]:
+    """The class of a module that has the projection before it. Raises ValueError where it cannot
+    take it."""
     plain = type(module)
     if plain in TWINS and dim == TWINS[plain].feature_dim:
         return TWINS[plain]
@@ -402,12 +409,10 @@ def _become_dip(
     twin: type[Any],
     init_variance: Any,
     num_samples: int,
-    features: int | None = None,
+    features: int,
     device: torch.device | None = None,
 ) -> None:
     plain = type(module)
-    if features is None and twin is not DIPMultiheadAttention:
-        features = features_of(module)
     module.__class__ = twin
     for name in ("forward", NOISED_BY):  # the plain class's; what noised its input is gone
         module.__dict__.pop(name, None)
@@ -442,7 +447,7 @@ def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
         block.__class__ = twin
     for layer in move.layers:
         if isinstance(layer, nn.MultiheadAttention):  # its out-projection is noised all the same
-            _become_dip(layer, DIPMultiheadAttention, {}, num_samples)
+            _become_dip(layer, DIPMultiheadAttention, {}, num_samples, move.features)
         layer.__dict__[NOISED_BY] = move.name
 
 

@@ -114,15 +114,14 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         """init_variances: of the in-projections by their names; none where what makes their input
         is noised."""
-        made, names = {}, in_projections(self)
+        parts = in_projections(self)
         for name, init_variance in init_variances.items():
-            width, weight = names[name]
+            width, weight = parts[name]
             own = device_of_variance(weight, device)
-            made[name] = DIPInProjection(
+            part = DIPInProjection(
                 width, init_variance=init_variance, num_samples=num_samples, device=own
             )
-        for name, layer in made.items():
-            setattr(self, name, layer.train(self.training))
+            setattr(self, name, part.train(self.training))
 
     def to_plain_in_place(self) -> None:
         """nn.MultiheadAttention again; `out_proj` is turned back apart, as every linear layer
