@@ -36,13 +36,15 @@ from results_page import (
     Store,
     cell,
     chosen_runs,
+    chosen_text,
     command_line,
     draw_curve,
     environment_line,
     figures,
     run_parts,
+    search_table,
     set_up,
-    setting_text,
+    sigmas,
     summarise,
     table,
     write_table,
@@ -169,18 +171,6 @@ def train(model: nn.Module, config: dict, batches: list[dict], bar: tqdm | None 
         if bar is not None:
             bar.update()
     return time.process_time() - start
-
-
-def sigmas(model: nn.Module) -> dict[str, list[float]]:
-    points = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    layers = dip.summary(model)
-    return {
-        row.name.replace("base_model.model.", ""): [
-            round(q, 4)
-            for q in torch.quantile(model.get_submodule(row.name).variance.sigma, points).tolist()
-        ]
-        for row in layers
-    }
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -347,9 +337,6 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
         whole = cell([statistics.fmean(s["solution"] for s in r["scores"].values()) for r in runs])
         seconds = f"{statistics.fmean(r['train_cpu_seconds'] for r in runs):.0f}"
         rows.append([method, *cells, f"**{mean}**" if method == best else mean, whole, seconds])
-    settings = study.stores[stage].values["chosen"]
-    chosen = "; ".join(f"{name} {setting_text(s)}" for name, s in sorted(settings.items()))
-    runs = study.stores[stage].runs
     text = table(["method", *heads, "mean", "all steps right", "CPU s"], rows)
     return (
         f"Exact match of the final answer, %, {study.num_tested} problems for each length, "
@@ -357,24 +344,9 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
         f"mean ± standard deviation; the best mean in bold. {results['plain'][0]['parameters']:,} "
         "parameters, "
         f"{study.config(stage, 'plain', {}, 0, 'test')['steps']} steps of {BATCH} problems. "
-        f"Chosen on validation problems: {chosen}. A DIP step costs {study.time_ratio(stage)} "
-        "plain steps."
-        f"\n\n{text}\n\n"
-        f"{environment_line(run['environment'] for run in runs)}; {len(runs)} runs, "
-        f"{sum(run['result']['train_cpu_seconds'] for run in runs):.0f} s of training."
-    )
-
-
-def search_table(study: Study) -> str:
-    rows = []
-    for stage in study.args.stages:
-        for method, trials in sorted(study.stores[stage].values.get("search", {}).items()):
-            cells = [f"{setting_text(setting)}: {score:.1f}" for score, setting in trials]
-            rows.append([stage, method, "; ".join(cells)])
-    return (
-        table(["stage", "method", "setting: mean exact match on validation problems"], rows)
-        if rows
-        else ""
+        f"Chosen on validation problems: {chosen_text(study.stores[stage])}. A DIP step costs "
+        f"{study.time_ratio(stage)} plain steps."
+        f"\n\n{text}\n\n{environment_line(study.stores[stage].runs)}"
     )
 
 
@@ -416,7 +388,8 @@ def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
         for stage in study.args.stages
     ]
     if set(study.args.stages) == set(STAGES):
-        write_table(page, "arithmetic-search", lambda: search_table(study))
+        head = ["stage", "method", "setting: mean exact match on validation problems"]
+        write_table(page, "arithmetic-search", lambda: search_table(head, study.stores))
         if all(whole):
             summarise(study.stores.values(), out / "arithmetic.json")
             plots(out)

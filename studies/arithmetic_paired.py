@@ -23,7 +23,7 @@ import arithmetic_setup as task
 import parts
 import plots
 import torch
-from tables import compared, markdown
+from tables import by_case, compared, markdown
 from torch import nn
 
 import dipkernels as dip
@@ -76,10 +76,8 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    by_method: dict[str, dict[int, dict[str, float]]] = {}
-    for r in results:
-        by_method.setdefault(r["name"], {})[r["seed"]] = r
-    return compared(by_method, SCORES, {"plain": 1})
+    (runs,) = by_case(("", r["name"], r["seed"], r) for r in results).values()
+    return compared(runs, SCORES, {"plain": 1})
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -111,9 +109,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ]
     rows = summarise(parts.run(part, keys, args.out, args.workers))
     text = table(rows)
-    parts.write(args.out, rows, text)
     plots.draw(text, args.out)
-    print(f"\nPaired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
+    parts.write(args, rows, text, "Paired")
     return rows
 
 

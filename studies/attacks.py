@@ -23,7 +23,7 @@ import parts
 import plots
 import torch
 import torch.nn.functional as F
-from tables import cell, compared, markdown
+from tables import by_case, cell, compared, markdown
 from tasks import TASKS, split
 from torch import Tensor, nn
 from training import train
@@ -131,9 +131,8 @@ def study(task: str, out: Path, seeds: int, quick: bool, workers: int) -> dict[s
         for m, o in METHODS.items()
         for s in range(seeds)
     ]
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for result in parts.run(part, keys, out, workers):
-        runs.setdefault(result["method"], {})[result["seed"]] = result
+    results = parts.run(part, keys, out, workers)
+    (runs,) = by_case((task, r["method"], r["seed"], r) for r in results).values()
     names = (name for by_seed in runs.values() for name in by_seed[0] if name not in keys[0])
     return compared(runs, dict.fromkeys(names, (1, 1)), {"plain": 1})
 
@@ -166,12 +165,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         task: study(task, args.out, args.seeds, args.quick, args.workers) for task in args.tasks
     }
     text = table(results)
-    parts.write(args.out, results, text)
     plots.draw(text, args.out)
-    print(
-        f"\nIn brackets: minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote "
-        f"{args.out}"
-    )
+    parts.write(args, results, text, "In brackets: minus plain, paired")
     return results
 
 

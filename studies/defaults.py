@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import figures
 import parts
-from tables import compared, markdown, points, rows_of
+from tables import by_case, compared, markdown, points, rows_of
 from tasks import TASKS
 from training import scored
 
@@ -74,14 +74,11 @@ def keys(
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Per task, training and method: means, and the paired differences to plain."""
-    runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
-    for r in results:
-        case = runs.setdefault(f"{r['task']}, {r['training']}", {})
-        case.setdefault(r["method"], {})[r["seed"]] = r
+    found = ((f"{r['task']}, {r['training']}", r["method"], r["seed"], r) for r in results)
     rows: dict[str, Any] = {}
-    for name, by_method in runs.items():
-        rows[name] = compared(by_method, dict.fromkeys(SCORES, (1, 1)), {"plain": 1})
-        for method, by_seed in by_method.items():
+    for name, methods in by_case(found).items():
+        rows[name] = compared(methods, dict.fromkeys(SCORES, (1, 1)), {"plain": 1})
+        for method, by_seed in methods.items():
             first = next(iter(by_seed.values()))
             rows[name][method] |= {"kept": first["kept"], "seeds": len(by_seed)}
     return rows
@@ -225,12 +222,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = keys(args.tasks, methods, args.trainings, args.seeds)
     rows = summarise(parts.run(part, asked, args.out, args.workers, args.stored))
     text = table(rows, list(METHODS))
-    parts.write(args.out, rows, text)
     plot_ratio(rows, args.out)
-    print(
-        f"\nDifferences to plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote "
-        f"{args.out}/summary.json"
-    )
+    parts.write(args, rows, text, "Differences to plain, paired")
     return rows
 
 

@@ -39,6 +39,7 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = parts.command_line(__doc__, "depth", 2, "a short training of the MLP")
     args = parser.parse_args(arguments)
+    args.seeds = 1 if args.quick else args.seeds
     keys = [
         {
             "task": task,
@@ -49,13 +50,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "settings": {"epochs": 2} if args.quick else {},
         }
         for task in list(DEEP)[: 1 if args.quick else None]
-        for seed in range(1 if args.quick else args.seeds)
+        for seed in range(args.seeds)
         for method, options in METHODS.items()
     ]
     rows = summarise(parts.run(part, keys, args.out, args.workers))
     text = table(rows, list(METHODS))
-    parts.write(args.out, rows, text)
     plots.draw(text, args.out)
+    parts.write(args, rows, text, "Differences to plain, paired")
     return rows
 
 

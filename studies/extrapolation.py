@@ -23,8 +23,8 @@ import parts
 import plots
 import torch
 import torch.nn.functional as F
-from features import chosen, named
-from tables import cell, compared, markdown
+from features import chosen, named, tested
+from tables import by_case, cell, compared, markdown
 from tasks import mlp
 from torch import Tensor, nn
 from training import optimiser, prepare
@@ -61,7 +61,6 @@ SEARCH: dict[str, list[dict[str, Any]]] = {
     ],
 }
 UNTUNED = {"DIP, energy, ratio 1": {"ratio": 1.0}}
-METHODS = (*SEARCH, *UNTUNED)
 # Less is better; a table's digits
 SCORES = dict.fromkeys(("median outside", "mean outside", "median inside"), (-1, 2))
 
@@ -140,26 +139,16 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 
 def study(case: dict[str, Any], out: Path, workers: int, seeds: int) -> list[dict[str, Any]]:
     best = chosen(part, case, SEARCH, out, workers, score=lambda result: -result["loss"])
-    keys = [
-        {**case, "method": method, "stage": "test", "seed": seed, "options": options}
-        for seed in range(seeds)
-        for method, options in (best | UNTUNED).items()
-    ]
-    return parts.run(part, keys, out, workers)
+    return tested(part, case, best | UNTUNED, out, workers, seeds)
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """By function and method: means, and paired differences to plain and to DIP's energy score."""
-    runs: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-    settings: dict[tuple[str, str], dict[str, Any]] = {}
+    runs = by_case((r["function"], r["method"], r["seed"], r) for r in results)
+    bases = {"plain, squared": 1, "DIP, energy": -1}
+    rows = {function: compared(methods, SCORES, bases) for function, methods in runs.items()}
     for r in results:
-        settings[r["function"], r["method"]] = r["options"]
-        runs.setdefault(r["function"], {}).setdefault(r["method"], {})[r["seed"]] = r
-    rows: dict[str, Any] = {}
-    for function, by_method in runs.items():
-        rows[function] = compared(by_method, SCORES, {"plain, squared": 1, "DIP, energy": -1})
-        for method, row in rows[function].items():
-            row["options"] = settings[function, method]
+        rows[r["function"]][r["method"]]["options"] = r["options"]
     return rows
 
 
@@ -188,12 +177,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     found = [study(case, args.out, args.workers, args.seeds) for case in cases]
     rows = summarise([result for results in found for result in results])
     text = table(rows)
-    parts.write(args.out, rows, text)
     plots.draw(text, args.out)
-    print(
-        f"\nIn brackets: minus plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
-        f"{args.out}"
-    )
+    parts.write(args, rows, text, "In brackets: minus plain, paired")
     return rows
 
 

@@ -26,7 +26,7 @@ import figures
 import parts
 import torch
 from defaults import DOCS, TITLES
-from tables import compared, markdown, points, rows_of
+from tables import by_case, compared, markdown, points, rows_of
 from tasks import TASKS, Split, Task, split
 from torch import nn
 from training import evaluate, train
@@ -51,7 +51,6 @@ SEARCH: dict[str, list[dict[str, Any]]] = {
     ],
 }
 PROFILES = ("frozen", "shuffled", "levelled")  # of the chosen learned setting
-METHODS = ("plain", *SEARCH, *PROFILES)
 SCORES = ("clean", "pgd", "noise")
 # In the figures, with what tells them apart; plain lies too far off.
 SHOWN = {
@@ -127,17 +126,29 @@ def chosen(
     return {method: json.loads(max(s, key=lambda name: s[name])) for method, s in scores.items()}
 
 
+def tested(
+    part: Callable[[dict[str, Any]], dict[str, Any]],
+    case: dict[str, Any],
+    settings: dict[str, dict[str, Any] | None],
+    out: Path,
+    workers: int,
+    seeds: int,
+) -> list[dict[str, Any]]:
+    """The parts of every method with its setting, seed by seed, so that a stopped study has whole
+    seeds."""
+    keys = [
+        {**case, "method": method, "stage": "test", "seed": seed, "options": options}
+        for seed in range(seeds)
+        for method, options in settings.items()
+    ]
+    return parts.run(part, keys, out, workers)
+
+
 def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
     best = chosen(part, {"task": task}, SEARCH, out, workers)
     settings = {"plain": None, **best, **dict.fromkeys(PROFILES, best["learned"])}
-    keys = [
-        {"task": task, "method": method, "stage": "test", "seed": seed, "options": settings[method]}
-        for method in METHODS
-        for seed in range(seeds)
-    ]
-    runs: dict[str, dict[int, dict[str, float]]] = {method: {} for method in METHODS}
-    for result in parts.run(part, keys, out, workers):
-        runs[result["method"]][result["seed"]] = result
+    results = tested(part, {"task": task}, settings, out, workers, seeds)
+    (runs,) = by_case((task, r["method"], r["seed"], r) for r in results).values()
     rows = compared(runs, dict.fromkeys(SCORES, (1, 1)), {"learned": -1})
     return {method: {"options": settings[method], **row} for method, row in rows.items()}
 
@@ -215,9 +226,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         args.tasks, args.seeds = ["wine"], 2
     results = {task: study(task, args.out, args.workers, args.seeds) for task in args.tasks}
     text = table(results)
-    parts.write(args.out, results, text)
     plot(text, args.out)
-    print(f"\nPaired over {args.seeds} seeds, 95 % intervals; ?: undecided. Wrote {args.out}")
+    parts.write(args, results, text, "Paired")
     return results
 
 

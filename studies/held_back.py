@@ -341,12 +341,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = keys(args.tasks, methods, args.trainings, args.seeds)
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows, methods, args.trainings)
-    parts.write(args.out, rows, text)
     plots.draw(text, args.out, SCORES)
-    print(
-        f"\nclean / pgd / noise: plain's scores, others minus plain, paired over {args.seeds} "
-        f"seed(s), 95 %; ?: undecided. Wrote {args.out}"
-    )
+    said = "clean / pgd / noise: plain's scores, others minus plain, paired"
+    parts.write(args, rows, text, said)
     return rows
 
 

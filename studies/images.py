@@ -34,8 +34,8 @@ import plots
 import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
-from features import chosen, named, validation
-from tables import cell, compared, markdown
+from features import chosen, named, tested, validation
+from tables import by_case, cell, compared, markdown
 from tasks import TASKS, Split, Task, ViT, split
 from torch import Tensor, nn
 from training import M, evaluate, kept, optimiser, prepare
@@ -296,27 +296,19 @@ def study(
         search = {method: SEARCH[method] for method in methods if method in SEARCH}
         best = chosen(part, {**case, "images": 1000}, search, out, workers)
         settings, methods = USUAL | best | {RECIPE: {}}, [*methods, RECIPE]
-    keys = [
-        {**case, "method": method, "stage": "test", "seed": seed, "options": settings[method]}
-        for seed in range(seeds)
-        for method in methods
-    ]
-    return parts.run(part, keys, out, workers)
+    return tested(part, case, {m: settings[m] for m in methods}, out, workers, seeds)
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """By case (network, images, training) and method: means, and paired differences to plain and to
     learned."""
-    runs: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-    settings: dict[tuple[str, str], dict[str, Any]] = {}
+    settings, found, rows = {}, [], {}
     for r in results:
         name = f"{r['model']}, {r['images']}, {r['training']}"
-        case, settings[name, r["method"]] = runs.setdefault(name, {}), r["options"]
-        for method, scores in r["scores"].items():
-            case.setdefault(method, {})[r["seed"]] = scores
-    rows: dict[str, Any] = {}
-    for name, by_method in runs.items():
-        ordered = {method: by_method[method] for method in METHODS if method in by_method}
+        settings[name, r["method"]] = r["options"]
+        found += [(name, method, r["seed"], scores) for method, scores in r["scores"].items()]
+    for name, methods in by_case(found).items():
+        ordered = {method: methods[method] for method in METHODS if method in methods}
         better = dict.fromkeys(SCORES, (1, 1))
         rows[name] = compared(ordered, better, {"plain": 1, "learned": -1})
         for method, row in rows[name].items():
@@ -405,9 +397,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     found = [study(case, args.methods, args.seeds, args.out, args.workers) for case in asked]
     rows = summarise([result for results in found for result in results])
     text = report(rows)
-    parts.write(args.out, rows, text)
     plots.draw(text, args.out)
-    print(f"\nPaired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
+    parts.write(args, rows, text, "Paired")
     return rows
 
 

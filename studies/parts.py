@@ -82,11 +82,15 @@ def command_line(doc: str, name: str, seeds: int, quick: str) -> argparse.Argume
     return parser
 
 
-def write(out: Path, summary: Any, table: str) -> None:
-    """Write a study's result into its folder, as summary.json and table.md, and print the table."""
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (out / "table.md").write_text(table + "\n")
-    print(table)
+def write(args: argparse.Namespace, summary: Any, table: str, said: str) -> None:
+    """Write a study's result into its folder, as summary.json and table.md, and print the table.
+
+    said: how its differences read, before the number of seeds that they are paired over.
+    """
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (args.out / "table.md").write_text(table + "\n")
+    over = f"over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}"
+    print(f"{table}\n\n{said} {over}")
 
 
 def _one_thread() -> None:

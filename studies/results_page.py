@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from parts import count
 from report import fill
+from torch import nn
 
 import dipkernels as dip
+from dipkernels.nn.numbering import dip_layers
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -90,13 +92,47 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment_line(environments: Iterable[dict]) -> str:
-    """One line for a table; several where its runs were made under different ones."""
+def environment_line(runs: Sequence[dict]) -> str:
+    """Under which environments the runs of a table were made, how many they are, and how long they
+    took."""
     lines = {
-        ", ".join(f"{key} {value}" for key, value in env.items()).replace("machine ", "")
-        for env in environments
+        ", ".join(f"{key} {value}" for key, value in run["environment"].items()) for run in runs
     }
-    return "; ".join(sorted(lines))
+    told = "; ".join(sorted(line.replace("machine ", "") for line in lines))
+    seconds = sum(run["result"]["train_cpu_seconds"] for run in runs)
+    return f"{told}; {len(runs)} runs, {seconds:.0f} s of training."
+
+
+def chosen_text(store: Store) -> str:
+    """The setting that the search chose for each method."""
+    chosen = sorted(store.values["chosen"].items())
+    return "; ".join(f"{name} {setting_text(setting)}" for name, setting in chosen)
+
+
+def search_table(head: Sequence[str], stores: dict[str, Store], mark: str = "") -> str:
+    """Every setting with its score, of each store and method a row; mark: around the best one's."""
+    rows = []
+    for name, store in stores.items():
+        for method, trials in sorted(store.values.get("search", {}).items()):
+            best = max(score for score, _ in trials)
+            marks = [mark if score == best else "" for score, _ in trials]
+            cells = (
+                f"{setting_text(setting)}: {each}{score:.1f}{each}"
+                for each, (score, setting) in zip(marks, trials)
+            )
+            rows.append([name, method, "; ".join(cells)])
+    return table(head, rows) if rows else ""
+
+
+def sigmas(model: nn.Module) -> dict[str, list[float]]:
+    """Learned sigma by layer: minimum, quartiles, maximum over its features."""
+    points = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    return {
+        name.removeprefix("base_model.model."): [
+            round(q, 4) for q in torch.quantile(layer.variance.sigma, points).tolist()
+        ]
+        for name, layer in dip_layers(model).items()
+    }
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scipy import stats
@@ -36,6 +36,16 @@ def signed(differences: Sequence[float], digits: int = 1) -> str:
         if math.isfinite(half)
         else f"{mean:+.{digits}f}"
     )
+
+
+def by_case(
+    found: Iterable[tuple[str, str, int, Mapping[str, float]]],
+) -> dict[str, dict[str, dict[int, Mapping[str, float]]]]:
+    """{case: {method: {seed: scores}}} of (case, method, seed, scores)."""
+    runs: dict[str, dict[str, dict[int, Mapping[str, float]]]] = {}
+    for case, method, seed, scores in found:
+        runs.setdefault(case, {}).setdefault(method, {})[seed] = scores
+    return runs
 
 
 def compared(

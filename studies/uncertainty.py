@@ -23,8 +23,8 @@ import plots
 import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
-from features import chosen, named, validation
-from tables import compared, markdown
+from features import chosen, named, tested, validation
+from tables import by_case, compared, markdown
 from tasks import TASKS, Split, split
 from torch import Tensor
 from training import train
@@ -112,31 +112,27 @@ def scores(probs: Tensor, y: Tensor, doubt: Tensor) -> dict[str, float]:
 
 def study(case: dict[str, Any], out: Path, workers: int, seeds: int) -> list[dict[str, Any]]:
     best = chosen(part, case, SEARCH, out, workers, score=lambda result: -result["nll"])
-    settings = {"plain": None, **best, "recipe": {}}
-    keys = [
-        {**case, "method": method, "stage": "test", "seed": seed, "options": options}
-        for seed in range(seeds)
-        for method, options in settings.items()
-    ]
-    return parts.run(part, keys, out, workers)
+    return tested(part, case, {"plain": None, **best, "recipe": {}}, out, workers, seeds)
+
+
+def case_of(result: dict[str, Any]) -> str:
+    return f"{result['task']}, {100 * result['share']:.0f} %"
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """By case and method: means, and paired differences to plain and to learned."""
-    runs: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-    settings: dict[tuple[str, str], dict[str, Any] | None] = {}
+    settings = {(case_of(r), r["method"]): r["options"] for r in results}
+    found = []
     for r in results:
-        name = f"{r['task']}, {100 * r['share']:.0f} %"
-        settings[name, r["method"]] = r["options"]
-        runs.setdefault(name, {}).setdefault(r["method"], {})[r["seed"]] = r["k = 0"]
+        found.append((case_of(r), r["method"], r["seed"], r["k = 0"]))
         if r["method"] == "learned":
-            many = runs[name].setdefault(f"learned, k = {DRAWS}", {})
-            many[r["seed"]] = r[f"k = {DRAWS}"]
+            many = f"k = {DRAWS}"
+            found.append((case_of(r), f"learned, {many}", r["seed"], r[many]))
     rows: dict[str, Any] = {}
-    for name, by_method in runs.items():
-        rows[name] = compared(by_method, SCORES, {"plain": 1, "learned": -1})
-        for method, row in rows[name].items():
-            row["options"] = settings.get((name, method))
+    for case, methods in by_case(found).items():
+        rows[case] = compared(methods, SCORES, {"plain": 1, "learned": -1})
+        for method, row in rows[case].items():
+            row["options"] = settings.get((case, method))
     return rows
 
 
@@ -164,12 +160,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     found = [study(case, args.out, args.workers, args.seeds) for case in cases]
     rows = summarise([result for results in found for result in results])
     text = table(rows)
-    parts.write(args.out, rows, text)
     plots.draw(text, args.out)
-    print(
-        f"\nDifferences to plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
-        f"{args.out}"
-    )
+    parts.write(args, rows, text, "Differences to plain, paired")
     return rows
 
 

@@ -36,13 +36,15 @@ from results_page import (
     Store,
     cell,
     chosen_runs,
+    chosen_text,
     command_line,
     draw_curve,
     environment_line,
     figures,
     run_parts,
+    search_table,
     set_up,
-    setting_text,
+    sigmas,
     summarise,
     table,
     write_table,
@@ -118,16 +120,6 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, pgd_steps: int) -> dict[str
 def overall(scores: dict) -> float:
     """The mean over the conditions of the tables: what settings are chosen by."""
     return statistics.fmean(scores[kind][strength] for kind, strength in COLUMNS)
-
-
-def sigmas(model: nn.Module) -> dict[str, list[float]]:
-    """Learned sigma by layer: minimum, quartiles, maximum over its features."""
-    points = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    return {
-        name: [round(q, 4) for q in torch.quantile(module.variance.sigma, points).tolist()]
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "variance", None), dip.Variance)
-    }
 
 
 def run(config: dict, pgd_steps: int, by_k: bool = False) -> dict:
@@ -453,25 +445,16 @@ def main_table(study: Study) -> str:
     if not rows:
         return ""
     text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
-    values = study.store.values
-    settings = "; ".join(
-        f"{name} {setting_text(setting)}" for name, setting in sorted(values["chosen"].items())
-    )
     missing = [training for training in study.trainings() if training not in trainings]
     return (
         f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in "
-        f"bold. Chosen on validation images: {settings}. {M[study.arch]} trajectories for the "
-        f"methods with noise; a DIP step costs {study.time_ratio()} plain steps, which plain "
+        f"bold. Chosen on validation images: {chosen_text(study.store)}. {M[study.arch]} "
+        f"trajectories for the methods with noise; a DIP step costs {study.time_ratio()} plain "
+        "steps, which plain "
         f"training at equal time gets in epochs.\n\n{text}\n\n"
         + (f"Trained {' and '.join(missing)}: {NOT_RUN}\n\n" if missing else "")
-        + _environments(study)
+        + environment_line(study.store.runs)
     )
-
-
-def _environments(study: Study) -> str:
-    envs = [run["environment"] for run in study.store.runs]
-    total = sum(run["result"]["train_cpu_seconds"] for run in study.store.runs)
-    return f"{environment_line(envs)}; {len(envs)} runs, {total:.0f} s of training."
 
 
 def averages_table(studies: list[Study]) -> str:
@@ -510,24 +493,6 @@ def averages_table(studies: list[Study]) -> str:
         for name in METHODS
     ]
     return table(heads, rows)
-
-
-def search_table(studies: list[Study]) -> str:
-    rows = []
-    for study in studies:
-        for method, trials in sorted(study.store.values.get("search", {}).items()):
-            best = max(score for score, _ in trials)
-            cells = [
-                f"{setting_text(s)}: "
-                f"{'**' if score == best else ''}{score:.1f}{'**' if score == best else ''}"
-                for score, s in trials
-            ]
-            rows.append([study.arch, method, "; ".join(cells)])
-    return (
-        table(["network", "method", "setting: mean over the conditions on validation images"], rows)
-        if rows
-        else ""
-    )
 
 
 def median_sigmas(results: list[dict]) -> str:
@@ -716,7 +681,9 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
             lambda study=study: ablation_table(study),
         )
     write_table(page, "vision-averages", lambda: averages_table(studies))
-    write_table(page, "vision-search", lambda: search_table(studies))
+    head = ["network", "method", "setting: mean over the conditions on validation images"]
+    stores = {study.arch: study.store for study in studies}
+    write_table(page, "vision-search", lambda: search_table(head, stores, mark="**"))
     write_table(page, "vision-k", lambda: k_table(studies))
     write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
     write_table(page, "vision-needs", lambda: needs_table(studies))

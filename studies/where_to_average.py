@@ -26,12 +26,14 @@ import argparse
 import itertools
 import json
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import parts
+import results_page
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -178,22 +180,19 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, seed: int, pgd_steps: int) 
 # ---- output --------------------------------------------------------------------------------------
 
 
+def of(runs: list[dict], *wanted: str) -> list[dict]:
+    """Those of a network, a budget and a method."""
+    return [r for r in runs if (r["network"], r["budget"], r["method"]) == wanted]
+
+
 def table(runs: list[dict], network: str, budget: str) -> str:
-    lines = [f"| {network}, {budget} | epochs | seconds | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---" * (3 + len(COLUMNS)) + "|")
+    rows = []
     for method in METHODS:
-        own = [
-            r for r in runs if (r["network"], r["budget"], r["method"]) == (network, budget, method)
-        ]
-        cells = [
-            f"{mean_std([r['epochs'] for r in own])[0]:.0f}",
-            f"{mean_std([r['seconds'] for r in own])[0]:.1f}",
-        ]
-        cells += [
-            "{:.1f} ± {:.1f}".format(*mean_std([r["accuracy"][c] for r in own])) for c in COLUMNS
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        own = of(runs, network, budget, method)
+        epochs, seconds = (statistics.fmean(r[name] for r in own) for name in ("epochs", "seconds"))
+        cells = (results_page.cell([r["accuracy"][c] for r in own]) for c in COLUMNS)
+        rows.append([method, f"{epochs:.0f}", f"{seconds:.1f}", *cells])
+    return results_page.table([f"{network}, {budget}", "epochs", "seconds", *COLUMNS], rows)
 
 
 def plot(runs: list[dict], networks: list[str], path: Path) -> None:
@@ -207,11 +206,7 @@ def plot(runs: list[dict], networks: list[str], path: Path) -> None:
     )
     for axis, network in zip(axes[0], networks, strict=True):
         for i, method in enumerate(METHODS):
-            own = [
-                r
-                for r in runs
-                if (r["network"], r["budget"], r["method"]) == (network, "equal time", method)
-            ]
+            own = of(runs, network, "equal time", method)
             means, stds = zip(
                 *(mean_std([r["accuracy"][c] for r in own]) for c in COLUMNS), strict=True
             )
