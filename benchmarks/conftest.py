@@ -11,11 +11,6 @@ gives the ratios, interleaved.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import machine
 import peers
 import pytest

@@ -24,8 +24,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from gpucheck import driver, report
 from gpucheck.driver import Section
 from gpucheck.record import Record

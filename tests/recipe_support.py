@@ -1,12 +1,7 @@
 """A trainer of the recipes in examples/ on one CPU, for what goes wrong around its checkpoints."""
 
-import sys
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import recipe_training
+import torch
 
 EXAMPLES = 24
 

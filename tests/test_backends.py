@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import fresh_support
 import pytest
 import torch
+from source_support import ROOT
 
 from dipkernels import backend, backends, env_report, functional
 from dipkernels.backends import Library, Plan, choose
@@ -21,7 +21,7 @@ from dipkernels.ops import registry
 from dipkernels.ops.linear import device_of
 
 SEED = torch.tensor([1, 2])
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = ROOT / "csrc"
 
 
 @pytest.fixture(autouse=True)
@@ -197,11 +197,11 @@ PROCESSOR = (
 def dispatch(tmp_path_factory):
     """Compiles csrc/cpu/dispatch.cpp with kernels that say their names, and runs it on a processor
     of given features: the lines that it prints."""
-    folder, csrc = tmp_path_factory.mktemp("dispatch"), Path(__file__).parent.parent / "csrc"
+    folder = tmp_path_factory.mktemp("dispatch")
     (folder / "main.cpp").write_text(DISPATCH)
     for name, flags in (("x86", ["-DDIP_HAS_X86", PROCESSOR]), ("other", [])):
-        command = ["g++", "-std=c++17", "-w", f"-I{csrc}", *flags, str(folder / "main.cpp")]
-        command += [str(csrc / "cpu" / "dispatch.cpp"), "-o", str(folder / name)]
+        command = ["g++", "-std=c++17", "-w", f"-I{CSRC}", *flags, str(folder / "main.cpp")]
+        command += [str(CSRC / "cpu" / "dispatch.cpp"), "-o", str(folder / name)]
         subprocess.run(command, check=True)
 
     def run(program, features, wanted, *numbers):

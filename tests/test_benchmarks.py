@@ -10,31 +10,27 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
+import averaging
+import cost
+import machine
+import models
+import networks
+import overhead
+import peers
+import producers as bench_producers
+import profile_model
+import profile_small_layer
 import pytest
+import report
+import summary
+import timing
 import torch
+from source_support import ROOT
 
 import dipkernels as dip
 from dipkernels import reference
 from dipkernels.nn.layer import DIPLayer
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import averaging  # noqa: E402
-import cost  # noqa: E402
-import machine  # noqa: E402
-import models  # noqa: E402
-import networks  # noqa: E402
-import overhead  # noqa: E402
-import peers  # noqa: E402
-import producers as bench_producers  # noqa: E402
-import profile_model  # noqa: E402
-import profile_small_layer  # noqa: E402
-import report  # noqa: E402
-import summary  # noqa: E402
-import timing  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("threads")
 

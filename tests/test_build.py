@@ -7,11 +7,10 @@ import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from source_support import ROOT
 
-ROOT = Path(__file__).parent.parent
 NO_COMPILER = {"PATH": "", "CXX": "", "NVCC": "", "DIPKERNELS_CPU": "", "DIPKERNELS_CUDA": ""}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from source_support import ROOT
 
-ROOT = Path(__file__).parent.parent
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
@@ -32,7 +32,6 @@ def configuration():
 
 
 def check_train(rank, world, out, kill_after=None):
-    sys.path.insert(0, str(ROOT / "examples/cluster"))
     import train
 
     def after_step(step):
@@ -57,7 +56,6 @@ def test_a_run_that_is_killed_and_restarted_ends_with_the_same_weights(ranks, on
 
 
 def test_a_checkpoint_that_was_not_written_whole_is_not_named(one_rank, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples/cluster"))
     import train
 
     whole = train.dcp.save

@@ -6,19 +6,18 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from plain_support import assert_plain
+from source_support import ROOT
 from torch import nn
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
 from dipkernels.nn.numbering import dip_layers
 
-ROOT = Path(__file__).parent.parent
 safetensors = pytest.importorskip("safetensors")
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
 FULL = dip.DIPConfig(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from source_support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.skipif(

@@ -1,13 +1,10 @@
 """examples/digits.py: the demonstration runs from end to end and writes what it says."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

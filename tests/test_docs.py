@@ -4,13 +4,12 @@ README's Python runs."""
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import pytest
+from source_support import ROOT
 
 from dipkernels import DIPConfig
 
-ROOT = Path(__file__).parent.parent
 MATHS = (ROOT / "docs" / "maths.md").read_text()
 SOURCES = [
     path

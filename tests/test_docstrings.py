@@ -7,18 +7,17 @@ import inspect
 import io
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from source_support import ROOT
 from torch import nn
 
 import dipkernels as dip
 from dipkernels.models.convertible import TWINS
 from dipkernels.ops.activations import ACTIVATIONS
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "api.md").read_text()
 NAMES = re.findall(r"^::: (dipkernels\.[\w.]+)", PAGE, re.MULTILINE)
 NAMES += [

@@ -5,11 +5,11 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import fresh_support
 import pytest
 import torch
+from source_support import ROOT
 
 from dipkernels import backends
 from dipkernels.env_report import env_report
@@ -36,7 +36,7 @@ def test_the_report_names_versions_kernels_and_threads():
 
 def test_the_report_shows_the_variables_that_are_set(monkeypatch):
     """Those that nothing reads by name, such as a mistyped one."""
-    listed = (Path(__file__).parent.parent / "docs" / "environment.md").read_text()
+    listed = (ROOT / "docs" / "environment.md").read_text()
     for name in set(re.findall(r"^\|.*?`(DIPKERNELS_\w+)`", listed, re.MULTILINE)):
         monkeypatch.setenv(name, "")
     assert "bad variables" not in env_report()

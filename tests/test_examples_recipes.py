@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import recipe_cifar100
 import recipe_gsm8k
 import transformers

@@ -3,7 +3,6 @@ the limits.  docs/maths.md, section 7."""
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from capability_support import assert_same_everywhere
 from dipkernels.triton_kernels.mixtures import BOUNDS, MIXTURES
 from scipy.special import expit, ndtr
-from source_support import module_at
+from source_support import ROOT, module_at
 from sums_support import telling_terms
 
 from dipkernels import functional, reference
@@ -303,7 +302,7 @@ def test_mixtures_are_what_their_command_fits(activation, tier):
 
 
 def test_mixtures_are_the_same_numbers_in_cpp():
-    text = (Path(__file__).parents[1] / "csrc" / "activation.h").read_text()
+    text = (ROOT / "csrc" / "activation.h").read_text()
     for name, tiers in MIXTURES.items():
         if name == "quick_gelu":  # computed from silu's, here and there
             continue

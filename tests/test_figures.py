@@ -3,15 +3,13 @@ legend, no baseline hidden."""
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from source_support import ROOT
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import cost
 import defaults
 import features
@@ -20,7 +18,6 @@ import overhead
 import report
 import vision
 
-ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "amd-0.1.0.json"
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 

@@ -8,11 +8,9 @@ the end of the tests.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from source_support import ROOT
 
 OPS = """
 import random, sys, torch

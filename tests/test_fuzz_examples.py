@@ -18,8 +18,6 @@ import recipe_support
 import torch
 
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples/cluster"))
 import digits
 import recipe_training
 import train as cluster

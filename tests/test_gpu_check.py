@@ -17,10 +17,9 @@ import cuda_support
 import gpu_check_support as support
 import pytest
 import torch
+from source_support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
 from gpucheck import child, driver, kernels, layers, producers, report, sanitizer, tools  # noqa: E402

@@ -5,18 +5,15 @@ import mmap
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import sanitize
 import torch
+from source_support import ROOT
 
 from dipkernels.backends import library
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import perturb_replay
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools" / "verify"))
-import sanitize  # noqa: E402
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

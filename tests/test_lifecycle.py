@@ -12,11 +12,11 @@ import fresh_support
 import pytest
 import torch
 from lifecycle_support import Noised, network, one_step
+from source_support import ROOT
 
 import dipkernels as dip
 from dipkernels import functional
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("threads")
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
 

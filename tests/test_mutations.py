@@ -1,11 +1,7 @@
 """tools/verify/mutants.py: every source file has tests that must notice a fault in it."""
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools" / "verify"))
-import mutants  # noqa: E402
+import mutants
+from source_support import ROOT
 
 
 def test_every_source_file_has_tests_that_must_notice():

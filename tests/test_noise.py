@@ -4,13 +4,13 @@ docs/maths.md, section 3."""
 import hashlib
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from capability_support import assert_same_everywhere
 from header_support import header_module, read_vectors
+from source_support import ROOT
 
 from dipkernels import backend, functional, reference
 from dipkernels.backends import library
@@ -273,7 +273,7 @@ def test_noise_is_standard_normal():
 def test_the_battery_reads_the_words_of_the_contract(tmp_path):
     """tools/verify/battery_words.cpp: of one draw, or word by word of eight that differ in one
     number."""
-    source = Path(__file__).parent.parent / "tools" / "verify" / "battery_words.cpp"
+    source = ROOT / "tools" / "verify" / "battery_words.cpp"
     program = tmp_path / "words"
     subprocess.run(["g++", "-std=c++17", "-O1", source, "-o", program], check=True)
     rows, groups = torch.arange(2), torch.arange(128)

@@ -8,15 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from source_support import module_at
+from source_support import ROOT, module_at
 
 import dipkernels as dip
 
-ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PAGES = [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "quickstart.md"]

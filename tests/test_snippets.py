@@ -5,17 +5,16 @@ import ast
 import copy
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from source_support import ROOT
 from torch import nn
 from trainer_support import llama
 
 import dipkernels as dip
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md"]
 COMMAND = re.compile(r"(?:^|[\s`])(?:python|torchrun [\w -]+?|pytest) ((?:[\w/]+)\.py)([^\n#`]*)")

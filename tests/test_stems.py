@@ -3,15 +3,14 @@ way."""
 
 import ast
 import importlib
-from pathlib import Path
 
 import pytest
+from source_support import ROOT
 
 import dipkernels as dip
 from dipkernels import functional, reference
 from dipkernels.ops import expectation, gate, linear, norm, perturb, registry
 
-ROOT = Path(__file__).parent.parent
 STEMS = {
     "noise": ["csrc/noise.h", "triton_kernels/noise.py"],
     "perturb": ["csrc/cpu/perturb.cpp", "csrc/cuda/perturb.cu", "triton_kernels/perturb.py"],

@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import augmix
 import extrapolation
 import features

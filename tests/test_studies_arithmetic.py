@@ -4,8 +4,6 @@ command runs."""
 import itertools
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")  # through vision_setup
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import arithmetic
 import arithmetic_setup as task
 

@@ -2,8 +2,6 @@
 the command runs."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import results_page
 import vision
 import vision_methods

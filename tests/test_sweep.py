@@ -2,17 +2,13 @@
 
 import contextlib
 import os
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools" / "verify"))
-import sweep  # noqa: E402
+import sweep
 
 
 def last(kind):

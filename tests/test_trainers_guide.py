@@ -5,16 +5,16 @@ import contextlib
 import io
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from source_support import ROOT
 
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PAGE = (Path(__file__).parent.parent / "docs/guides/trainers.md").read_text()
+PAGE = (ROOT / "docs/guides/trainers.md").read_text()
 RECIPES = dict(re.findall(r"^## ([^\n]+)\n.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
 NEEDS = {
     "transformers": ["accelerate", "transformers"],

@@ -3,11 +3,10 @@ its source."""
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from source_support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dipkernels"
 PAGE = ROOT / "docs" / "guides" / "troubleshooting.md"
 HOLE = "\N{BULLET}"  # what a message fills in

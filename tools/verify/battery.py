@@ -17,12 +17,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reliability import ROOT, command_line, record
 
 STREAMS = ("layer", "layers", "samples", "steps", "rows")

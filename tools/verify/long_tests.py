@@ -12,9 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reliability import ROOT, command_line, record
 
 STATE = ROOT / "out" / "long_tests.json"

@@ -33,8 +33,6 @@ from typing import NamedTuple
 
 import pytest
 import torch  # noqa: F401  for the forks
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutations import Mutation, found_table, mutations, shuffled, sources
 from reliability import ROOT, command_line, record, tree
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reliability import ROOT, command_line, record
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

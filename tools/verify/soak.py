@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
+from reliability import command_line, record
 
 import dipkernels as dip
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reliability import command_line, record
 
 
 def resident() -> int:

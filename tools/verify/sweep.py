@@ -17,26 +17,22 @@ import copy
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import torch
 import transformers
+from reliability import ROOT, command_line, record, tree
+from small_models import NotBuilt, build, classes, run
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reliability import ROOT, command_line, record, tree
-from small_models import NotBuilt, build, classes, run
 
 ROWS = ROOT / "out" / "sweep.jsonl"
 PLACES = ("input", "producer")
