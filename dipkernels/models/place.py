@@ -365,14 +365,14 @@ def _takes_one_input(module: nn.Module) -> bool:
     return len(inspect.signature(type(module).forward).parameters) == 2
 
 
+@torch.inference_mode(False)  # in which there are no slopes
 @torch.no_grad()
 def activation_kind(module: nn.Module) -> str | None:
     """Which of ACTIVATIONS the module computes, found on numbers; None for none of them."""
     if list(module.parameters()) or not _takes_one_input(module):
         return None
-    near = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu")
-    x = torch.cat([near, *(near * 10.0**power for power in (1, 2, 4, 8, 16))])  # where some clip
-    x = x.view(6, 11, 11)
+    numbers, known = _known_activations()
+    x = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(6, 11, 11)
     for training in (True, False):
         try:
             with untouched(module):
@@ -381,17 +381,31 @@ def activation_kind(module: nn.Module) -> str | None:
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             return None
-        smooth = x != 0  # relu has no slope at 0
-        got = torch.cat([y.double().flatten(), slope[smooth]])
-        close = []
-        for kind, act in ACTIVATIONS.items():
-            values, slopes = _with_slope(act, x)
-            want = torch.cat([values.flatten(), slopes[smooth]])
-            if torch.allclose(got, want, rtol=1e-5, atol=1e-6):
-                close.append(kind)
+        got = _values_and_slopes(x, y, slope)
+        close = [
+            kind
+            for kind, want in known.items()
+            if torch.allclose(got, got.new_tensor(want), rtol=1e-5, atol=1e-6)
+        ]
         if len(close) != 1:
             return None
     return close[0]
+
+
+@functools.cache
+def _known_activations() -> tuple[list[float], dict[str, list[float]]]:
+    """Numbers, and what each of ACTIVATIONS is there. Lists: a tensor would be of the first call's
+    modes."""
+    near = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu")
+    x = torch.cat([near, *(near * 10.0**power for power in (1, 2, 4, 8, 16))])  # where some clip
+    return x.tolist(), {
+        kind: _values_and_slopes(x, *_with_slope(act, x)).tolist()
+        for kind, act in ACTIVATIONS.items()
+    }
+
+
+def _values_and_slopes(x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+    return torch.cat([y.double().flatten(), slope[x != 0]])  # relu has no slope at 0
 
 
 @torch.enable_grad()
