@@ -17,7 +17,7 @@ import struct
 import numpy as np
 import ptx
 import torch
-from triton_support import specialised, triton
+from triton_support import specialised, standing_in, triton
 
 _PACK = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _PACK |= {"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
@@ -127,22 +127,10 @@ def _address(tensor, addresses) -> int:
 @contextlib.contextmanager
 def compiled(*modules, arch: int = 80, multiprocessors: int = 4, **options):
     """Inside, the modules' kernels run by the interpreter; options: of ptx.Kernel.run."""
-    launches, replaced = Launches(), []
-    for module in modules:
-        stubs = {
-            "on_device": lambda tensor: contextlib.nullcontext(),
-            "_architecture": lambda device: arch,
-            "num_multiprocessors": lambda device: multiprocessors,
-        }
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
-                stubs[name] = _Launcher(value, arch, launches, options)
-        for name, stub in stubs.items():
-            if hasattr(module, name):
-                replaced.append((module, name, getattr(module, name)))
-                setattr(module, name, stub)
-    try:
+    launches = Launches()
+
+    def of_kernel(kernel):
+        return _Launcher(kernel, arch, launches, options)
+
+    with standing_in(modules, of_kernel, arch, multiprocessors):
         yield launches
-    finally:
-        for module, name, value in reversed(replaced):
-            setattr(module, name, value)

@@ -11,16 +11,21 @@ from triton_support import SHARED_MEMORY, compile_launch, load_kernels, recorded
 
 noise, perturb, linear, blocks = load_kernels("noise", "perturb", "linear", "blocks")
 ARCHS = [80, 90, 100]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def wide(dtype):
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def perturb_launches(shape, dim, dtype, log_variance=True, col0=0):
     """Every kernel of noise, P, Q and the combined form, by name."""
     x, seed = meta(*shape, dtype=dtype), meta(2, dtype=torch.int64)
-    sigma = meta(shape[dim], dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    sigma = meta(shape[dim], dtype=wide(dtype))
     where = (sigma, seed, dim, 0, col0, 0, 1.0, log_variance)
     with recorded_launches(noise, perturb) as launches:
         # Noise is drawn on the seed's device, by a name that `perturb` re-exports.
@@ -65,7 +70,6 @@ CASES = {
     "narrow": dict(shape=(65536, 64), dim=-1),
     "nchw": dict(shape=(64, 256, 56, 56), dim=1),
 }
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 # "rows" in bfloat16 for sm_90 are those of the issue slots above.
 QUICK = [
     ("nchw", torch.float32, 90),
@@ -90,19 +94,15 @@ def test_perturb_compiles_without_spills(case, dtype, arch):
         check(compile_launch(launch, arch), arch)
 
 
-def linear_launches(
-    m, k, n, dtype, arch, monkeypatch, num_samples=1, activation=None, x_dtype=None, col0=0
-):
+def linear_launches(m, k, n, dtype, arch, num_samples=1, activation=None, x_dtype=None, col0=0):
     """Every kernel of the fused linear, with the tiles that `blocks` picks for the architecture."""
-    monkeypatch.setattr(linear, "_architecture", lambda device: arch)
-    monkeypatch.setattr(linear, "num_multiprocessors", lambda device: 132)
     x = meta(m, k, dtype=x_dtype or dtype)
     dy = meta(m, n, dtype=dtype)
     weight = meta(n, k, dtype=dtype)
     bias = meta(n)
     sigma, seed = meta(k), meta(2, dtype=torch.int64)
     how = (0, col0, 0, 1.0, True)
-    with recorded_launches(noise, perturb, linear) as launches:
+    with recorded_launches(noise, perturb, linear, arch=arch) as launches:
         linear.linear(x, weight, bias, sigma, seed, *how, num_samples, activation)
         # One sample's launches are like the next one's.
         linear.linear_bwd(dy, x, weight, bias, sigma, seed, *how, 1, activation)
@@ -132,8 +132,8 @@ QUICK_LINEARS = [
 @pytest.mark.parametrize(
     "case, dtype, arch", slow_unless(QUICK_LINEARS, LINEARS, DTYPES[:3], ARCHS)
 )
-def test_linear_compiles_without_spills_for_the_matrix_units(case, dtype, arch, monkeypatch):
-    launches = linear_launches(dtype=dtype, arch=arch, monkeypatch=monkeypatch, **LINEARS[case])
+def test_linear_compiles_without_spills_for_the_matrix_units(case, dtype, arch):
+    launches = linear_launches(dtype=dtype, arch=arch, **LINEARS[case])
     assert len(launches) >= 4
     for launch in launches:
         compiled = compile_launch(launch, arch)
@@ -152,11 +152,9 @@ def test_linear_compiles_without_spills_for_the_matrix_units(case, dtype, arch, 
             )
 
 
-def test_results_lie_as_their_fakes_say_in_every_layout(monkeypatch):
+def test_results_lie_as_their_fakes_say_in_every_layout():
     """As tests/test_ops.py has it of the other backends. Without a GPU: nothing is launched."""
     modules = load_kernels("perturb", "gate", "expectation", "norm", "linear", "tiles")
-    for module in modules:
-        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132, raising=False)
     found = set()
     with recorded_launches(*modules):
         for op, arguments in cases("meta"):

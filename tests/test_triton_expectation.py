@@ -4,14 +4,12 @@
 import pytest
 import torch
 from cuda_support import gpu_expectation
-from test_triton_compiles import check, meta, slow_unless
+from test_triton_compiles import ARCHS, DTYPES, check, meta, slow_unless, wide
 from triton_support import compile_launch, load_kernels, recorded_launches
 
 from dipkernels.ops.activations import ACTIVATIONS
 
 expectation, perturb = load_kernels("expectation", "perturb")
-ARCHS = [80, 90, 100]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 QUICK = [
     ("gelu_tanh", torch.bfloat16, 80),
     ("relu", torch.float32, 80),
@@ -20,10 +18,9 @@ QUICK = [
 
 
 @pytest.mark.parametrize("name, dtype, arch", slow_unless(QUICK, ACTIVATIONS, DTYPES, ARCHS))
-def test_activation_compiles_without_spills(name, dtype, arch, monkeypatch):
-    monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)
+def test_activation_compiles_without_spills(name, dtype, arch):
     mu = meta(4096, 1024, dtype=dtype)
-    v = meta(1024, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    v = meta(1024, dtype=wide(dtype))
     with recorded_launches(expectation, perturb) as launches:
         expectation.expectation(mu, v, name)
         expectation.expectation_bwd(mu, mu, v, name)
@@ -35,14 +32,14 @@ def test_activation_compiles_without_spills(name, dtype, arch, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, arch", slow_unless([(torch.bfloat16, 90)], DTYPES, ARCHS))
-def test_activation_variance_compiles_without_spills(dtype, arch, monkeypatch):
-    monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+def test_activation_variance_compiles_without_spills(dtype, arch):
     for n, k in ((4096, 1024), (1000, 1009)):
-        weight, sigma = meta(n, k, dtype=dtype), meta(k, dtype=wide)
+        weight, sigma = meta(n, k, dtype=dtype), meta(k, dtype=wide(dtype))
         with recorded_launches(expectation, perturb) as launches:
             expectation.affine_variance(weight, sigma, True)
-            expectation.affine_variance_bwd(meta(n, dtype=wide), weight, sigma, False, weight)
+            expectation.affine_variance_bwd(
+                meta(n, dtype=wide(dtype)), weight, sigma, False, weight
+            )
         names = ["_variance_kernel", "_variance_bwd_kernel", "_column_sum_kernel"]
         assert [launch[0].__name__ for launch in launches] == names
         for launch in launches:
@@ -55,9 +52,8 @@ def test_activation_variance_compiles_without_spills(dtype, arch, monkeypatch):
 
 
 @pytest.mark.parametrize("name", slow_unless([("relu",), ("gelu_tanh",)], ACTIVATIONS))
-def test_activation_issue_slots_per_element(name, monkeypatch):
+def test_activation_issue_slots_per_element(name):
     """Of the longest loop, sm_90, bfloat16: what docs/measured_gpu_expectation.md counts with."""
-    monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)
     mu, v = meta(8192, 4096, dtype=torch.bfloat16), meta(4096)
     with recorded_launches(expectation, perturb) as launches:
         expectation.expectation(mu, v, name)

@@ -4,14 +4,12 @@ spills, 16-byte accesses."""
 import pytest
 import torch
 from cuda_support import gpu_expectation
-from test_triton_compiles import check, meta, slots_per_element, slow_unless
+from test_triton_compiles import ARCHS, DTYPES, check, meta, slots_per_element, slow_unless, wide
 from triton_support import compile_launch, load_kernels, recorded_launches
 
 from dipkernels.ops.activations import ACTIVATIONS
 
 gate, norm, perturb, tiles = load_kernels("gate", "norm", "perturb", "tiles")
-ARCHS = [80, 90, 100]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 DRAW = (-1, 0, 0, 0, 1.0, True)
 
 
@@ -22,10 +20,6 @@ def compiled(launches, arch):
         yield result
 
 
-def wide(dtype):
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90)]
 
 
@@ -34,8 +28,7 @@ QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90)]
     "kind, k, dtype, arch",
     slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 1024, 4096, 9000], DTYPES, ARCHS),
 )
-def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
-    monkeypatch.setattr(norm, "num_multiprocessors", lambda device: 132)
+def test_norm_compiles_without_spills(kind, k, dtype, arch):
     x = meta(4096, k, dtype=dtype)
     sigma = meta(k, dtype=wide(dtype))
     seed = meta(2, dtype=torch.int64)
@@ -67,12 +60,11 @@ QUICK_GATES = [("silu", torch.bfloat16, 90)]
     "name, dtype, arch",
     slow_unless(QUICK_GATES, ACTIVATIONS, DTYPES, ARCHS),
 )
-def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
-    monkeypatch.setattr(tiles, "num_multiprocessors", lambda device: 132)
+def test_gate_compiles_without_spills(name, dtype, arch):
     for shape, dim in (((4096, 1024), -1), ((32, 64, 56, 56), 1)):
         x, seed = meta(*shape, dtype=dtype), meta(2, dtype=torch.int64)
         where = (meta(shape[dim], dtype=wide(dtype)), seed, dim, *DRAW[1:], name)
-        with recorded_launches(gate, perturb) as launches:
+        with recorded_launches(gate, perturb, tiles) as launches:
             for b in (None, x):
                 gate.gate(x, b, *where, None)
                 gate.gate_bwd(x, x, b, *where)
@@ -89,12 +81,10 @@ def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gpu_expectation.PRODUCER_SLOTS)
-def test_producer_issue_slots_per_element(name, monkeypatch):
-    for module in (tiles, norm):
-        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
+def test_producer_issue_slots_per_element(name):
     x, weight = meta(8192, 4096, dtype=torch.bfloat16), meta(4096, dtype=torch.bfloat16)
     where = (meta(4096), meta(2, dtype=torch.int64), *DRAW)
-    with recorded_launches(gate, norm, perturb) as launches:
+    with recorded_launches(gate, norm, perturb, tiles) as launches:
         if name in ("layer", "rms"):
             stats = meta(2 if name == "layer" else 1, 8192)
             tensors = (weight, weight if name == "layer" else None)

@@ -54,23 +54,31 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def recorded_launches(*modules):
+def standing_in(modules, of_kernel, arch, multiprocessors):
+    """Inside, of_kernel(kernel) in place of each kernel of the modules, which are told of a GPU of
+    this kind."""
+    stubs = {
+        "on_device": lambda tensor: contextlib.nullcontext(),
+        "_architecture": lambda device: arch,
+        "num_multiprocessors": lambda device: multiprocessors,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
+                    patch.setattr(module, name, of_kernel(value))
+                elif name in stubs:
+                    patch.setattr(module, name, stubs[name])
+        yield
+
+
+@contextlib.contextmanager
+def recorded_launches(*modules, arch=80):
     """The launches that host code makes inside, as (kernel, args, kwargs); nothing runs. Give it
     meta tensors."""
-    launches, replaced = [], []
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
-                replaced.append((module, name, value))
-                setattr(module, name, _Recorder(value, launches))
-            elif name == "on_device":
-                replaced.append((module, name, value))
-                setattr(module, name, lambda tensor: contextlib.nullcontext())
-    try:
+    launches = []
+    with standing_in(modules, lambda kernel: _Recorder(kernel, launches), arch, 132):
         yield launches
-    finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)
 
 
 @dataclass(frozen=True)
