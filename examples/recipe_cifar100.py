@@ -212,18 +212,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, worker: Wor
         out = dip.trajectories(model, x, m=args.m)
         return dip.objective(out.float(), y, F.cross_entropy, lambda_s=args.lambda_s)
 
-    settings = {
-        "recipe": "cifar100",
-        "method": args.method,
-        "batch": args.batch,
-        "workers": worker.size,
-    }
-    settings |= {
-        "seed": args.seed,
-        "training": args.training,
-        "epochs": args.epochs,
-        "m": args.m,
-    }
+    settings = {"recipe": "cifar100", "training": args.training}
     trainer = Trainer(model, worker, args, len(images), settings)
     if trainer.run(batch_of, loss_of):
         write_results(worker, args, {"accuracy": evaluate(model, worker, trainer, test, args)})

@@ -213,13 +213,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, worker: Wor
         logits = dip.trajectories(model, **inputs, use_cache=False, m=args.m).logits  # [m, B, T, V]
         return dip.objective(logits, batch["labels"], next_token_loss, lambda_s=args.lambda_s)
 
-    settings = {
-        "recipe": "gsm8k",
-        "method": args.method,
-        "batch": args.batch,
-        "workers": worker.size,
-    }
-    settings |= {"seed": args.seed, "rank": args.rank, "epochs": args.epochs, "m": args.m}
+    settings = {"recipe": "gsm8k", "rank": args.rank}
     trainer = Trainer(model, worker, args, len(examples), settings)
     if trainer.run(batch_of, loss_of):
         write_results(worker, args, evaluate(model, tokenizer, worker, trainer, test, args))

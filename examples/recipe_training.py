@@ -249,7 +249,9 @@ class Trainer:
         settings: dict,
     ) -> None:
         self.raw, self.worker, self.args, self.num_examples = model, worker, args, num_examples
-        self.settings = settings  # what a checkpoint must agree with
+        # what a checkpoint must agree with
+        shared = {name: getattr(args, name) for name in ("method", "batch", "seed", "epochs", "m")}
+        self.settings = {**shared, "workers": worker.size, **settings}
         learns = args.method == "dip"
         self.optimizer = torch.optim.AdamW(
             dip.param_groups(

@@ -150,7 +150,7 @@ def trainer(out, resume=False):
     torch.manual_seed(0)
     parts = torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3)
     flags = "--save-every 2 --log-every 2 --lr 0.01 --seed 0" + " --resume" * resume
-    return recipe_support.trainer(out, dip.convert(torch.nn.Sequential(*parts)), flags, seed=0)
+    return recipe_support.trainer(out, dip.convert(torch.nn.Sequential(*parts)), flags)
 
 
 def train(t, interrupt_at=None):

@@ -109,7 +109,7 @@ def trainer(out, flags):
     torch.manual_seed(0)
     parts = torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3)
     model = dip.convert(torch.nn.Sequential(*parts))
-    return recipe_support.trainer(out, model, flags, seed=0, recipe="fuzz")
+    return recipe_support.trainer(out, model, flags, recipe="fuzz")
 
 
 def resumes(out):
