@@ -4,13 +4,13 @@ named."""
 import copy
 import os
 import pickle
-import warnings
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from trainer_support import is_whole, llama
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.models.convertible import is_adapter
@@ -93,8 +93,7 @@ def the_adapter(model):
 
 
 def converted(model, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dip.DIPConversionWarning)
+    with no_warning(dip.DIPConversionWarning):
         return dip.convert(model, 0.25, **options)
 
 

@@ -3,13 +3,13 @@ name."""
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from plain_support import assert_plain
 from torch import nn
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
@@ -452,8 +452,7 @@ class NormLinear(nn.Sequential):
 
 
 def test_a_sequential_calls_the_layers_whose_weight_its_methods_read():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dip.DIPConversionWarning)
+    with no_warning(dip.DIPConversionWarning):
         model = dip.convert(nn.Sequential(NormLinear()))
     assert list(dip_layers(model)) == ["0.linear"]
     assert dip.check(model, X)

@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.compilers import nop
 from torch.autograd import forward_ad
+from variance_support import gradients
 
 import dipkernels as dip
 from dipkernels.nn.conv import DIPConv1d, DIPConv2d
@@ -83,10 +84,6 @@ def make(name):
 def output(model, x):
     y = model(x)
     return y if isinstance(y, torch.Tensor) else y.logits
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

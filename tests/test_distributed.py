@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from ranks_support import on_ranks, raised
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from variance_support import gradients, trained, variances
 
 import dipkernels as dip
 from dipkernels.nn.input import DIPInput
@@ -52,16 +54,19 @@ def batch(rows=8, k=16):
     return torch.randn(rows, 3, k), torch.randn(rows, 3, 4)
 
 
+def share_of(rank, world, rows=8):
+    """This rank's rows of the batch: the first of them, and all."""
+    first, each = rank * rows // world, rows // world
+    return first, slice(first, first + each)
+
+
 def loss_of(model, x, y):
     return F.mse_loss(model(x).float(), y)
 
 
-def gradients(model):
-    return {
-        n.removeprefix("module."): dtensor.full(p.grad)
-        for n, p in model.named_parameters()
-        if p.grad is not None
-    }
+def parameters(model):
+    """By name, whole."""
+    return {name: dtensor.full(p.detach()) for name, p in model.named_parameters()}
 
 
 def of_variances(model):
@@ -85,8 +90,7 @@ def test_ddp_is_one_process(rank, world):
     from torch.nn.parallel import DistributedDataParallel
 
     x, y = batch()
-    each, first = len(x) // world, rank * len(x) // world
-    mine = slice(first, first + each)
+    each, (first, mine) = len(x) // world, share_of(rank, world)
     plain, model = make_model(), DistributedDataParallel(make_model())
     with dip.fixed_noise(5):
         whole = plain(x)
@@ -180,9 +184,7 @@ def shard(model, dtype=None, apart=True, **kwargs):
 )
 @on_ranks(2, 4)
 def test_fsdp_is_one_process(rank, world, kind):
-    x, y = batch()
-    first, each = rank * len(x) // world, len(x) // world
-    mine = slice(first, first + each)
+    (x, y), (first, mine) = batch(), share_of(rank, world)
     model, dtype = make_model(), None
     if kind == "bf16 weights":
         model.bfloat16()
@@ -193,9 +195,7 @@ def test_fsdp_is_one_process(rank, world, kind):
     shard(model, dtype, apart=kind != "float32 in one group")
     if kind == "mixed precision":
         reference.bfloat16()
-    for m in model.modules():
-        if isinstance(m, dip.Variance):
-            assert m.log_variance.dtype is torch.float32
+    assert all(v.log_variance.dtype is torch.float32 for v in variances(model))
     dip.check_ranks(model)
     with dip.fixed_noise(5):
         loss_of(reference, x.bfloat16() if dtype else x, y).backward()
@@ -216,29 +216,27 @@ def test_fsdp_is_one_process(rank, world, kind):
     assert all(g.any() for g in gradients(model).values())
 
 
+class Checkpointed(Block):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 @on_ranks()
 def test_fsdp_with_checkpointing_and_accumulation_is_one_process(rank, world):
-    from torch.utils.checkpoint import checkpoint
-
-    class Checkpointed(Block):
-        def forward(self, x):
-            return checkpoint(super().forward, x, use_reentrant=False)
-
-    x, y = batch()
-    first, each = rank * len(x) // world, len(x) // world
+    (x, y), (first, mine) = batch(), share_of(rank, world)
     want = one_process()
     model = make_model()
     for block in model[:2]:
         block.__class__ = Checkpointed
     shard(model)
     with dip.fixed_noise(5, row0=first):
-        loss_of(model, x[first : first + each], y[first : first + each]).backward()
+        loss_of(model, x[mine], y[mine]).backward()
     torch.testing.assert_close(gradients(model), want, rtol=1e-4, atol=1e-5)
     # accumulation without reduction in between
     model.zero_grad()
-    for step in range(2):
+    middle = (first + mine.stop) // 2
+    for step, here in enumerate((slice(first, middle), slice(middle, mine.stop))):
         model.set_requires_gradient_sync(step == 1)
-        here = slice(first + step * each // 2, first + (step + 1) * each // 2)
         with dip.fixed_noise(5, row0=here.start):
             (loss_of(model, x[here], y[here]) / 2).backward()
     torch.testing.assert_close(gradients(model), want, rtol=1e-4, atol=1e-5)
@@ -248,15 +246,8 @@ def test_fsdp_with_checkpointing_and_accumulation_is_one_process(rank, world):
 @on_ranks()
 def test_blocks_compile_whole_inside_mixed_precision(rank, world, checkpointed):
     """The usual order: checkpoint, compile each block, shard."""
-    from torch.utils.checkpoint import checkpoint
-
-    class Checkpointed(Block):
-        def forward(self, x):
-            return checkpoint(super().forward, x, use_reentrant=False)
-
-    x, y = batch()
-    first, each = rank * len(x) // world, len(x) // world
-    mine, got, graphs = slice(first, first + each), [], []
+    (x, y), (first, mine) = batch(), share_of(rank, world)
+    got, graphs = [], []
 
     def count(graph, inputs):
         graphs.append(graph)
@@ -319,8 +310,6 @@ def test_a_method_beside_forward_has_the_variances_of_its_step(rank, world):
 
 @on_ranks()
 def test_a_selective_checkpoint_meets_none_of_fsdps_own_operations(rank, world):
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
     seen = set()
 
     def policy(ctx, op, *args, **kwargs):
@@ -352,10 +341,9 @@ def test_a_selective_checkpoint_meets_none_of_fsdps_own_operations(rank, world):
 def test_penalties_over_shards_are_those_of_the_whole(rank, world, name, weights):
     def with_priors():
         model = make_model()
-        for m in model.modules():
-            if isinstance(m, dip.Variance):
-                m.log_prior.copy_(torch.linspace(-4, -1, m.log_prior.numel()))
-                m.pull.copy_(torch.linspace(0.2, 1, m.pull.numel()))
+        for v in variances(model):
+            v.log_prior.copy_(torch.linspace(-4, -1, v.log_prior.numel()))
+            v.pull.copy_(torch.linspace(0.2, 1, v.pull.numel()))
         return model
 
     def term(model):
@@ -448,9 +436,8 @@ def check_meta_and_state(rank, world, folder):
 
     source = make_model()
     with torch.no_grad():
-        for m in source.modules():
-            if isinstance(m, dip.Variance):
-                m.log_variance.copy_(torch.linspace(-4, -1, m.log_variance.numel()))
+        for v in variances(source):
+            v.log_variance.copy_(torch.linspace(-4, -1, v.log_variance.numel()))
     # from nothing: shapes, shards, memory, values
     with torch.device("meta"):
         model = make_model()
@@ -487,7 +474,7 @@ def check_meta_and_state(rank, world, folder):
     optimizer.step()
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    return {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}
+    return parameters(model)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -510,9 +497,8 @@ def test_a_sharded_meta_model_gets_its_variances(rank, world, inside):
             set_model_state_dict(model, plain.state_dict() if rank == 0 else {}, options=full)
         else:
             model.to_empty(device="cpu")
-        for m in model.modules():
-            if isinstance(m, dip.Variance):
-                torch.testing.assert_close(m.sigma, torch.full((m.num_features,), 0.5))
+        for v in variances(model):
+            torch.testing.assert_close(v.sigma, torch.full((v.num_features,), 0.5))
         if whole:
             assert all((dtensor.full(model[i].weight) == 8.0).all() for i in (0, 2))
             model(torch.randn(3, 6)).sum().backward()
@@ -520,15 +506,12 @@ def test_a_sharded_meta_model_gets_its_variances(rank, world, inside):
 
 @on_ranks()
 def test_a_load_into_shards_leaves_what_it_does_not_name(rank, world):
-    model = make_model()
-    for m in model.modules():
-        if isinstance(m, dip.Variance):
-            m.log_variance.data.fill_(-1.0)
+    model = trained(make_model())
     shard(model)
-    own = {name: dtensor.full(p.detach()).clone() for name, p in model.named_parameters()}
+    own = {name: p.clone() for name, p in parameters(model).items()}
     first = next(name for name in own if name.endswith("weight"))
     model.load_state_dict({first: model.state_dict()[first]}, strict=False)
-    now = {name: dtensor.full(p.detach()) for name, p in model.named_parameters()}
+    now = parameters(model)
     torch.testing.assert_close(now, own, rtol=0, atol=0)
 
 
@@ -634,13 +617,11 @@ def check_load(rank, world, folder, want):
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    torch.testing.assert_close(
-        {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}, want, rtol=0, atol=0
-    )
+    torch.testing.assert_close(parameters(model), want, rtol=0, atol=0)
     with dip.fixed_noise(6):
         loss_of(model, *batch()).backward()
     optimizer.step()
-    return {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}
+    return parameters(model)
 
 
 def test_a_checkpoint_of_two_processes_loads_in_one(ranks, tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainer_support import same
 
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
@@ -59,11 +60,6 @@ def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, data=Non
     trainer = trainer_of(folder, callback or DIPCallback(CONFIG), **{"max_steps": 4, **options})
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer, module
-
-
-def same(a, b, **tolerance):
-    tolerance = tolerance or {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(a.state_dict(), b.state_dict(), **tolerance)
 
 
 @pytest.mark.parametrize("answer", ["tensor", "mapping"])

@@ -3,11 +3,11 @@ their noise."""
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
 from trainer_support import llama
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE, convert_as
@@ -244,8 +244,7 @@ def test_the_order_of_get_peft_model_and_apply_is_checked(tmp_path):
         said = r"expected get_peft_model before dip\.apply, got 2 adapter\(s\)"
         with pytest.raises(ValueError, match=said):
             call()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dip.DIPConversionWarning)
+    with no_warning(dip.DIPConversionWarning):
         dip.convert(model, exclude=["*.lm_head"])  # the way out that the message names
     dip.save(model, tmp_path)
 

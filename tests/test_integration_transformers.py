@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from source_support import ROOT
 from trainer_support import llama as one_llama
-from trainer_support import texts, words
+from trainer_support import same, texts, words
+from warning_support import warned
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
@@ -34,7 +35,6 @@ from dipkernels.integrations.transformers import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 RUN = 2**32  # keys between the runs of two seeds, as docs/guides/trainers.md says
 
@@ -121,11 +121,6 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def same(a, b, **tolerance):
-    tolerance = tolerance or {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(a.state_dict(), b.state_dict(), **tolerance)
-
-
 # ---- the step ------------------------------------------------------------------------------------
 
 
@@ -202,10 +197,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(make, smoothing, kind,
     dip.load_variances(small.model, dip.variances(big.model))
     big.train()
     is_a_mean = make is bert or kind is Behind
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        small.train()
-    about = [str(w.message) for w in said if "num_items_in_batch" in str(w.message)]
+    about = warned(small.train, "num_items_in_batch")
     assert len(about) == is_a_mean and all("make it 2 times as large" in each for each in about)
     assert losses(small) == pytest.approx(losses(big), rel=1e-4)
     same(small.model, big.model, rtol=1e-4, atol=1e-5)
@@ -261,10 +253,7 @@ def test_what_a_loss_is_divided_by_is_found_as_in_a_step(base, told, tmp_path):
     kind = type("Behind", (DIPMixin, base), {})
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
     trainer = noisy(tmp_path, kind=kind, **options)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        trainer.train()
-    assert sum("num_items_in_batch" in str(w.message) for w in said) == told
+    assert len(warned(trainer.train, "num_items_in_batch")) == told
     assert trainer.model_accepts_loss_kwargs is not bool(told)
 
 
@@ -280,11 +269,8 @@ def test_a_sum_over_the_batch_is_divided_by_the_number_of_trajectories(m, tmp_pa
     config, found = dip.DIPConfig(ratio=0.5, m=m, kl=0), []
     for base in (transformers.Trainer, Sums):
         trainer = noisy(tmp_path, config, kind=type("Behind", (DIPMixin, base), {}), max_steps=1)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            trainer.train()
-        told = sum("is a sum over the batch" in str(w.message) for w in said)
-        assert told == (base is Sums and m > 1)
+        told = warned(trainer.train, "is a sum over the batch")
+        assert len(told) == (base is Sums and m > 1)
         found += losses(trainer)
     assert found[1] == pytest.approx(SHORT["per_device_train_batch_size"] * found[0], rel=1e-5)
 
@@ -296,10 +282,7 @@ def test_an_infinite_first_loss_is_taken_for_no_sum(tmp_path):
             return loss if model.training else loss * torch.inf
 
     trainer = noisy(tmp_path, kind=type("Behind", (DIPMixin, Infinite), {}), max_steps=1)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        trainer.train()
-    assert not any("is a sum over the batch" in str(w.message) for w in said)
+    assert not warned(trainer.train, "is a sum over the batch")
 
 
 def test_the_ctc_loss_of_transformers_is_found_to_be_a_sum(tmp_path):

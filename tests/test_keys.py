@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels import worlds
@@ -109,8 +110,7 @@ def test_an_attack_under_one_key_is_not_told():
     model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
     predict, x = dip.diagnostics.predictor(model, 2, key=7), nn.Parameter(torch.ones(2, 4))
     optimizer = torch.optim.Adam([x])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         for _ in range(20):
             predict(x).sum().backward()
             optimizer.step()
@@ -126,8 +126,7 @@ def test_steps_without_noise_are_not_told():
     """Nor, for the same reason, those of a compiled model, whose keys nobody sees."""
     model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.ones(2, 4)
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         with dip.fixed_noise(10):
             model(x).sum().backward()
         for _ in range(20):

@@ -7,7 +7,6 @@ import pickle
 import random
 import re
 import types
-import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from plain_support import assert_plain
 from torch import nn
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels import functional
@@ -63,6 +63,12 @@ def left(plan):
     return {layer: row.reason for row in plan.left for layer in row.layers}
 
 
+def same_streams(model, other, pairs):
+    """Give layers of the model the numbers that those of the other one have."""
+    for here, there in pairs.items():
+        model.get_submodule(here).number = other.get_submodule(there).number
+
+
 # ---- the law -------------------------------------------------------------------------------------
 
 
@@ -73,8 +79,7 @@ def test_layers_of_one_producer_draw_the_noise_of_layers_that_share():
     at_producer = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[X])
     shared = dip.convert(copy.deepcopy(plain), 0.25, share=[("a", "b")])
     pairs = {"stem": "stem", "norm": "a", "act": "head"}
-    for here, there in pairs.items():
-        at_producer.get_submodule(here).number = shared.get_submodule(there).number
+    same_streams(at_producer, shared, pairs)
     results = []
     for model, names in ((at_producer, pairs), (shared, pairs.values())):
         with fixed_noise(3):
@@ -172,8 +177,7 @@ def test_a_layer_that_the_batches_do_not_reach_is_named_at_once():
     said = r"not reach 1 layer\(s\).*: b\. A layer that .* reads its weight without calling it, "
     with pytest.warns(dip.DIPConversionWarning, match=said):
         dip.convert(Experts(), place="producer", batches=[X])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dip.DIPConversionWarning)
+    with no_warning(dip.DIPConversionWarning):
         dip.convert(Experts(), place="producer", batches=[X], exclude=["b"])
         both = [X, {"x": X, "second": True}]
         model = dip.convert(Experts(), place="producer", batches=both)
@@ -1018,8 +1022,7 @@ def test_a_norm_without_weights_moves():
     model = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[X])
     assert moved(dip.summary(model).plan) == {"norm": ("a", "b"), "act": ("head",)}
     shared = dip.convert(copy.deepcopy(plain), 0.25, share=[("a", "b")])
-    for here, there in {"stem": "stem", "norm": "a", "act": "head"}.items():
-        model.get_submodule(here).number = shared.get_submodule(there).number
+    same_streams(model, shared, {"stem": "stem", "norm": "a", "act": "head"})
     with fixed_noise(3):
         torch.testing.assert_close(model(X), shared(X), rtol=1e-4, atol=1e-5)
     assert torch.equal(model.eval()(X), plain(X))
@@ -1220,8 +1223,7 @@ def test_a_gated_product_is_drawn_in_one_pass(kind, read):
     model.train()
     share = [("w1", "w3")] if len(read) > 1 else ()
     reference = dip.convert(copy.deepcopy(plain), 0.25, share=share)
-    for here, there in {"0": "1.w1", "1.silu": "1.w2"}.items():
-        model.get_submodule(here).number = reference.get_submodule(there).number
+    same_streams(model, reference, {"0": "1.w1", "1.silu": "1.w2"})
     with fixed_noise(3):
         got, want = model(X), reference(X)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -1245,8 +1247,7 @@ def test_a_gated_product_of_convolutions_is_noised_by_channel(kind, size):
     model = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[x])
     assert moved(dip.summary(model).plan) == {"silu": ("w2",)}
     reference = dip.convert(plain, 0.25)
-    for here, there in {"w1": "w1", "w3": "w3", "silu": "w2"}.items():
-        model.get_submodule(here).number = reference.get_submodule(there).number
+    same_streams(model, reference, {"w1": "w1", "w3": "w3", "silu": "w2"})
     with fixed_noise(3):
         torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-5)
 

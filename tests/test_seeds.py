@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
+from warning_support import no_warning
 
 from dipkernels.models.convert import convert
 from dipkernels.nn.conv import DIPConv2d
@@ -141,8 +142,7 @@ def test_a_cuda_graph_captured_under_a_key_keeps_it_and_says_so(monkeypatch):
         with contexts.numbered_pass(1):  # which reads the key, and makes another
             read.append(contexts.KEY)
             layers[0](x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         layers[0](x)  # a replay draws its seed anew
         monkeypatch.setattr(contexts.worlds, "has_values", lambda x: False)
         with fixed_noise(torch.tensor(7)):  # as on a GPU, where it may be filled anew

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from ranks_support import on_ranks, raised
 from torch import nn
+from variance_support import gradients
 
 import dipkernels as dip
 from dipkernels import functional
@@ -38,20 +39,13 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(self.norm(x))))
 
 
-def gradients(model):
-    return {
-        name: p.grad.full_tensor() if is_dtensor(p.grad) else p.grad
-        for name, p in model.named_parameters()
-    }
-
-
 def assert_equal_training(plain, parallel, x, key=5, **tolerance):
     """Outputs and gradients of one step agree; x is the whole input."""
     outs = []
     for model in (plain, parallel):
         with dip.fixed_noise(key):
             y = model(x)
-        y = y.full_tensor() if is_dtensor(y) else y
+        y = dtensor.full(y)
         y.square().sum().backward()
         outs.append(y)
     torch.testing.assert_close(outs[1], outs[0], **tolerance)

@@ -2,13 +2,13 @@
 docs/models.md."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from trainer_support import X, Y, is_whole, learned, llama, mlp, texts, words
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.nn.layer import DIPLayer
@@ -139,8 +139,7 @@ def test_training_in_lower_precision_goes_before_conversion_and_check_finds_the_
     model = mlp()
     prepare(model)
     plain = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dip.DIPConversionWarning)
+    with no_warning(dip.DIPConversionWarning):
         dip.convert(model, 0.25)
     assert is_whole(model[0], X)
     F.cross_entropy(model(X), Y).backward()

@@ -20,6 +20,7 @@ from graph_support import GPU_MODE, on_gpu
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from variance_support import Branches, freeze, noise, spoil, trained, variances
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.nn import decay, sharing
@@ -96,8 +97,7 @@ def test_a_cast_past_the_module_is_undone_and_said(dtype):
     assert values(model).dtype is torch.float32
     y.sum().backward()
     assert all(v.log_variance.grad.dtype is torch.float32 for v in variances(model))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         model(x.to(dtype)), model.double()(x.double())
 
 
@@ -344,14 +344,11 @@ def test_models_joined_after_conversion_say_that_they_share_streams():
     ):
         with pytest.warns(UserWarning, match=said), dip.fixed_noise(1):
             call()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with dip.fixed_noise(2):  # of these two it was said
-            a(x), b(x)
+    with no_warning(), dip.fixed_noise(2):  # of these two it was said
+        a(x), b(x)
     number_layers(joined), number_layers(deep)
     one, other = make(), make()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         with dip.fixed_noise(1):
             a(x), b(x), dip.check_ranks(joined)
         with dip.fixed_noise(1):
@@ -428,12 +425,22 @@ def test_replicas_of_every_estimator_run(estimator):
                 assert torch.equal(replica(x), model(x))
 
 
-def test_layers_of_replicas_that_share_draw_once_for_each_replica(monkeypatch):
-    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
-    drawn, fresh = [], sharing.fresh
+def sharing_pair(kind=Attending):
+    return dip.convert(kind(), share=[("q", "k")], exclude=["attention", "conv"])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The layers that draw, one after another."""
+    layers, fresh = [], sharing.fresh
     monkeypatch.setattr(
-        sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest)
+        sharing, "fresh", lambda layer, x, *rest: layers.append(layer) or fresh(layer, x, *rest)
     )
+    return layers
+
+
+def test_layers_of_replicas_that_share_draw_once_for_each_replica(drawn):
+    model = sharing_pair()
     a, b = replicas(model)
     x = torch.randn(2, 3, 6)
     a(x), b(x.clone())
@@ -444,7 +451,7 @@ def test_layers_of_replicas_that_share_draw_once_for_each_replica(monkeypatch):
 
 
 def test_a_layer_that_is_skipped_keeps_neither_input_nor_noise_alive():
-    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
+    model = sharing_pair()
     x = torch.randn(2, 3, 6)
     y = model.q(x)  # k is never called on it
     (entry,) = model.q.share._entries.values()
@@ -460,7 +467,7 @@ def test_a_layer_that_is_skipped_keeps_neither_input_nor_noise_alive():
 
 
 def test_a_layer_that_is_skipped_takes_no_noise_of_the_step_before():
-    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
+    model = sharing_pair()
     x = torch.randn(2, 3, 6)  # one object in both steps, as where the whole data are one batch
     first = torch.optim.SGD(model.parameters(), lr=0.1)
     model.q(x).sum().backward()
@@ -469,12 +476,8 @@ def test_a_layer_that_is_skipped_takes_no_noise_of_the_step_before():
     model.k(x).sum().backward()
 
 
-def test_a_pass_in_another_thread_does_not_come_between_layers_that_share(monkeypatch):
-    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
-    drawn, fresh = [], sharing.fresh
-    monkeypatch.setattr(
-        sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest)
-    )
+def test_a_pass_in_another_thread_does_not_come_between_layers_that_share(drawn):
+    model = sharing_pair()
     x, other = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
     model.q(x)
     thread = threading.Thread(target=model.q, args=[other])
@@ -483,17 +486,14 @@ def test_a_pass_in_another_thread_does_not_come_between_layers_that_share(monkey
     assert drawn == [model.q, model.q]
 
 
-def test_a_layer_that_a_pass_of_predict_skips_draws_its_own_noise_in_the_next(monkeypatch):
+def test_a_layer_that_a_pass_of_predict_skips_draws_its_own_noise_in_the_next(drawn):
     class Alternating(Attending):
         def forward(self, x):
             calls.append(self.k if calls[-1] is self.q else self.q)
             return calls[-1](x)
 
-    model = dip.convert(Alternating(), share=[("q", "k")], exclude=["attention", "conv"])
-    calls, drawn, fresh = [model.k], [], sharing.fresh
-    monkeypatch.setattr(
-        sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest)
-    )
+    model = sharing_pair(Alternating)
+    calls = [model.k]
     dip.predict(model, torch.randn(2, 3, 6), k=4)
     assert drawn == calls[1:] == [model.q, model.k] * 2
 

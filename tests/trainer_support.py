@@ -40,6 +40,12 @@ def words():
     return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0", eos_token="w1")
 
 
+def same(a, b, **tolerance):
+    """Two models have one state, to the bit where no tolerance is given."""
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), **tolerance)
+
+
 def is_whole(layer, x, **options):
     """Whether what the layer draws is itself on x + sigma z."""
     seed, where = torch.tensor([2, layer.number]), {"dim": layer.feature_dim}

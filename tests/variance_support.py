@@ -8,6 +8,7 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels.nn.variance import Variance
+from dipkernels.ops import dtensor
 
 
 class Branches(nn.Module):
@@ -36,6 +37,15 @@ def trained(model, value=-1.0):
 def freeze(model):
     for variance in variances(model):
         variance.requires_grad_(False)
+
+
+def gradients(model):
+    """By name and whole, of the model inside DDP; what has none is left out."""
+    return {
+        name.removeprefix("module."): dtensor.full(p.grad)
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def noise(model, *args, key=3):
