@@ -4,25 +4,19 @@ memory they take.  docs/maths.md, sections 4, 7."""
 import functools
 import importlib
 import math
-import sys
 
 import pytest
+import timing
 import torch
 import torch.nn.functional as F
-from saved_support import saved_bytes
-from source_support import ROOT
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import dipkernels as dip
 from dipkernels import backends, functional, reference
-from dipkernels.nn.activation import QuickGELU
 from dipkernels.ops import row_blocks
 from dipkernels.ops.activations import ACTIVATIONS, BACKWARDS
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import timing
 
 SEED = torch.tensor([91, 4])
 NAMES = list(ACTIVATIONS)
@@ -236,7 +230,7 @@ def test_mean_takes_the_memory_of_one_sample():
         return timing.peak_bytes(timing.backward_step(call, dy, leaves), torch.device("cpu"))
 
     def kept(count):
-        return saved_bytes(lambda: forward(count))
+        return timing.saved_bytes(lambda: forward(count))
 
     # as one layer keeps it, the pre-activation of one sample
     assert kept(5) == kept(33) == sum(t.nbytes for t in (*leaves, dy)) + SEED.nbytes
@@ -336,7 +330,7 @@ def test_analytic_keeps_no_more_than_the_plain_layer():
     for dtype, size in ((None, 4), (torch.bfloat16, 2)):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             held = sum(t.nbytes for t in (weight, bias, sigma))
-            saved = saved_bytes(
+            saved = timing.saved_bytes(
                 lambda: layer(x, weight, bias, sigma, activation="gelu", estimator="analytic")
             )
             assert saved == held + size * 64 * (40 + 24) + 4 * 24
@@ -484,278 +478,9 @@ def test_to_plain_refuses_a_layer_with_an_activation_inside():
         dip.to_plain(nn.Sequential(dip.DIPLinear(4, 4, activation="relu")))
 
 
-# ---- predict(method="analytic") ------------------------------------------------------------------
-
-
-def mlp(activation):
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Linear(8, 32),
-        activation,
-        nn.Dropout(0.1),
-        nn.Linear(32, 32),
-        activation,
-        nn.Linear(32, 4),
-    )
-
-
-class _GeluTanh(nn.Module):
-    def forward(self, x):
-        return (
-            0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-        )
-
-
-class _InPlace(nn.Module):
-    def forward(self, x):
-        return x.mul_(torch.sigmoid(1.702 * x))
-
-
-@pytest.mark.parametrize(
-    "activation",
-    [
-        *(nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()),
-        *(QuickGELU(), _InPlace(), _GeluTanh()),  # by formulas of their own
-    ],
-)
-def test_analytic_prediction_is_each_layers_own_mean(activation):
-    model = dip.convert(mlp(activation), init_variance=0.3)
-    x = torch.randn(6, 8)
-    name = {
-        "GELU": "gelu_tanh" if getattr(activation, "approximate", "") == "tanh" else "gelu",
-        "QuickGELU": "quick_gelu",
-        "_InPlace": "quick_gelu",
-        "_GeluTanh": "gelu_tanh",
-    }.get(type(activation).__name__, type(activation).__name__.lower())
-    want = x
-    for layer in (model[0], model[3]):
-        how = {"log_variance": True, "activation": name, "estimator": "analytic"}
-        want = functional.dip_linear(
-            want, layer.weight, layer.bias, layer.log_variance, SEED, **how
-        )
-    want = F.linear(want, model[5].weight, model[5].bias)
-    assert torch.equal(dip.predict(model, x, method="analytic", average="logits"), want.detach())
-    assert model.training
-    with torch.inference_mode():
-        got = dip.predict(model, x, method="analytic")
-    assert torch.equal(got, want.detach().softmax(-1))
-
-
-def test_analytic_prediction_knows_what_is_read_beside_an_activation_of_its_own():
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.own, self.relu = nn.Linear(8, 8), QuickGELU(), nn.ReLU()
-
-        def forward(self, x):
-            h = self.a(x)
-            return self.own(h) + self.relu(h)
-
-    model, x = dip.convert(Residual(), init_variance=0.3), torch.randn(6, 8)
-    got = dip.predict(model, x, method="analytic", average="logits")
-    v = model.a.weight.square() @ model.a.log_variance.exp()
-    mu = F.linear(x, model.a.weight, model.a.bias)
-    want = sum(functional.expectation(mu, v, kind) for kind in ("quick_gelu", "relu"))
-    torch.testing.assert_close(got, want.detach())
-
-
-def test_analytic_prediction_writes_where_an_activation_of_its_own_does():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.own = nn.Linear(8, 8), _InPlace()
-
-        def forward(self, x):
-            h = self.a(x)
-            return self.own(h) + h
-
-    model, x = dip.convert(Twice(), init_variance=0.3), torch.randn(6, 8)
-    got = dip.predict(model, x, method="analytic", average="logits")
-    v = model.a.weight.square() @ model.a.log_variance.exp()
-    mu = F.linear(x, model.a.weight, model.a.bias)
-    torch.testing.assert_close(got, 2 * functional.expectation(mu, v, "quick_gelu").detach())
-
-
-def test_analytic_prediction_knows_a_layer_whose_forward_is_called_by_itself():
-    class Direct(nn.Sequential):
-        def forward(self, x):
-            for module in self:
-                x = module.forward(x)
-            return x
-
-    model, x = dip.convert(mlp(nn.ReLU()), init_variance=0.3), torch.randn(6, 8)
-    got, want = (dip.predict(m, x, method="analytic") for m in (Direct(*model), model))
-    assert torch.equal(got, want)
-
-
-def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():
-    """One noised layer before the activation and an affine one after: the logits' mean is exact."""
-    torch.manual_seed(0)
-    model = dip.convert(
-        nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)), init_variance=0.3
-    )
-    x = torch.randn(5, 8)
-    exact = dip.predict(model, x, method="analytic", average="logits")
-    outs = dip.predict(model, x, k=4000, chunk=1000, average=None)
-    distance = (outs.mean(0) - exact).abs() / (outs.std(0) / 4000**0.5)
-    assert distance.max() <= 4.5
-    assert (dip.predict(model, x, k=0, average="logits") - exact).abs().max() > 0.01
-
-
-class _Summed(nn.Module):
-    """An activation behind a sum that has the outputs of one or two layers in it."""
-
-    def __init__(self, form):
-        super().__init__()
-        self.a, self.b, self.form = nn.Linear(8, 8), nn.Linear(8, 8), form
-
-    def forward(self, x):
-        return self.form(x, self.a(x), self.b(x))
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda x, a, b: F.relu(x + a),
-        lambda x, a, b: F.gelu(a - b.view(a.shape)),
-        lambda x, a, b: torch.tanh(1 - (a + x).clone()),
-        lambda x, a, b: F.relu(a.add_(b)),
-    ],
-)
-def test_analytic_prediction_of_a_sum_before_an_activation_is_exact(form):
-    torch.manual_seed(0)
-    model, x = dip.convert(_Summed(form), init_variance=0.5), torch.randn(5, 8)
-    exact = dip.predict(model, x, method="analytic", average="logits")
-    outs = dip.predict(model, x, k=4000, chunk=1000, average=None)
-    assert ((outs.mean(0) - exact).abs() / (outs.std(0) / 4000**0.5 + 1e-3)).max() <= 4.5
-    assert (dip.predict(model, x, k=0, average="logits") - exact).abs().max() > 0.05
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda x, a, b: F.relu((a + x) + (a + b)),
-        lambda x, a, b: F.relu(torch.cat([a, b], -1).chunk(2, -1)[0]),
-        lambda x, a, b: F.relu(x * a),
-        lambda x, a, b: F.relu(torch.add(a, b, alpha=2)),
-        lambda x, a, b: F.relu(a.mT),
-    ],
-)
-def test_analytic_prediction_refuses_what_is_computed_before_an_activation(form):
-    model = dip.convert(_Summed(form), init_variance=0.5)
-    with pytest.raises(ValueError, match="'a' goes into relu, and its variance is not"):
-        dip.predict(model, torch.randn(5, 8), method="analytic")
-    shared = dip.convert(_Summed(lambda x, a, b: F.relu(a + b)), share=[["a", "b"]])
-    with pytest.raises(ValueError, match="'a' goes into relu, and its variance is not"):
-        dip.predict(shared, torch.randn(5, 8), method="analytic")
-
-
-def test_analytic_prediction_of_layers_with_their_own_activation_and_samples():
-    torch.manual_seed(0)
-    plain = dip.convert(
-        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), init_variance=0.3
-    )
-    x = torch.randn(5, 8)
-    want = dip.predict(plain, x, method="analytic", average="logits")
-    inside = nn.Sequential(
-        dip.DIPLinear(8, 16, activation="relu", estimator="mean", num_samples=4),
-        dip.DIPLinear(16, 3),
-    )
-    for ours, theirs in zip(inside, (plain[0], plain[2]), strict=True):
-        ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(dip.predict(inside, x, method="analytic", average="logits"), want)
-
-
-def test_analytic_prediction_goes_through_transformer_blocks():
-    torch.manual_seed(0)
-    block = nn.TransformerEncoderLayer(
-        16, 2, 32, dropout=0.1, activation="gelu", norm_first=True, batch_first=True
-    )
-    dip.convert(block, init_variance=0.2)
-    x = torch.randn(2, 5, 16)
-    got = dip.predict(block, x, method="analytic", average=None)
-    plain = dip.predict(block, x, k=0, average=None)
-    assert got.shape == plain.shape == (1, 2, 5, 16) and not torch.allclose(got, plain, atol=1e-3)
-
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
-
-        def forward(self, x):
-            return x + self.down(F.silu(self.gate(x)) * self.up(x))
-
-    gated = dip.convert(Gated(), init_variance=0.3)
-    x = torch.randn(3, 8)
-    outs = dip.predict(gated, x, k=4000, chunk=1000, average=None)
-    distance = (outs.mean(0) - dip.predict(gated, x, method="analytic", average="logits")).abs() / (
-        outs.std(0) / 4000**0.5
-    )
-    # gate and up draw apart, so the mean of the product is the product of the means
-    assert distance.max() <= 4.5
-
-
-class _OwnMish(nn.Module):
-    def forward(self, x):
-        return x * torch.tanh(2 * torch.log(1 + torch.exp(x)))
-
-
-@pytest.mark.parametrize(
-    "activation, match",
-    [
-        (nn.LeakyReLU(), "leaky_relu"),
-        (nn.Sigmoid(), "sigmoid"),
-        (nn.Softplus(), "softplus"),
-        (nn.ELU(), "elu"),
-        (_OwnMish(), "exp"),
-        (nn.Sequential(nn.Conv1d(1, 1, 1), nn.ReLU()), "relu, and its variance"),
-    ],
-)
-def test_analytic_prediction_refuses_what_it_has_no_closed_form_for(activation, match):
-    model, x = nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 2)), torch.randn(3, 8)
-    if isinstance(activation, nn.Sequential):
-        model, x = activation, torch.randn(3, 1, 8)
-    dip.convert(model)
-    with pytest.raises(ValueError, match=f"that of '0' goes into ({match})"):
-        dip.predict(model, x, method="analytic")
-    assert not model[0]._forward_hooks
-
-
-def test_analytic_prediction_of_layers_that_are_called_by_keyword():
-    class ByKeyword(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.inner = nn.Conv1d(1, 1, 1), dip.DIPLinear(8, 8, activation="relu")
-            self.head = nn.Linear(8, 2)
-
-        def forward(self, x):
-            u = self.conv(input=x[:, None])[:, 0]
-            return self.head(input=self.inner(input=u))
-
-    model, x = dip.convert(ByKeyword()), torch.randn(3, 8)
-    got = dip.predict(model, x, method="analytic", average="logits")
-    u = F.conv1d(x[:, None], model.conv.weight, model.conv.bias)[:, 0]
-    v = model.inner.weight.square() @ model.inner.log_variance.exp()
-    h = dip.functional.expectation(F.linear(u, model.inner.weight, model.inner.bias), v, "relu")
-    torch.testing.assert_close(got, F.linear(h, model.head.weight, model.head.bias))
-
-
-def test_analytic_prediction_refuses_bad_arguments():
-    plain, x = mlp(nn.ReLU()), torch.randn(3, 8)
-    noisy = dip.convert(mlp(nn.ReLU()))
-    for model, options, match in (
-        (noisy, {"method": "exact"}, "method: expected 'sample' or 'analytic', got 'exact'"),
-        (noisy, {"method": "analytic", "k": 4}, "k, chunk: expected none with method='analytic'"),
-        (plain, {"method": "analytic"}, "model: expected DIP layers"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            dip.predict(model, x, **options)
-
-
 @pytest.mark.slow
-def test_the_experiment_runs_and_writes_its_table_plot_and_results(tmp_path, monkeypatch, capsys):
+def test_the_experiment_runs_and_writes_its_table_plot_and_results(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    monkeypatch.syspath_prepend(ROOT / "studies")
     study = importlib.import_module("where_to_average")
     runs = study.main(["--quick", "--out", str(tmp_path)])
     assert len(runs) == 2 * 2 * len(study.METHODS) and "| analytic |" in capsys.readouterr().out

@@ -83,13 +83,13 @@ dipkernels/**/twin.py: before convert layers
 dipkernels/nn/*.py: layers seeds inputs user_code_variance user_code_loaders faults convert
 dipkernels/**/dtensor.py: tensor_parallel
 dipkernels/**/distributed.py: distributed tensor_parallel user_code_loaders
-dipkernels/**/analytic.py: averaging
+dipkernels/**/analytic.py: analytic
 dipkernels/**/trajectories.py dipkernels/**/predict.py: trajectories objective
 dipkernels/training/*.py: objective trajectories recipe
 dipkernels/**/probe.py dipkernels/**/check.py: check before convert
 dipkernels/**/place.py dipkernels/**/readers.py: producer_plan producer_modules before models
-dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert before
-    first_mistakes recipe user_code_variance check user_code_loaders models adapters
+dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert calibrate
+    before first_mistakes recipe user_code_variance check user_code_loaders models adapters
 dipkernels/integrations/accelerate.py: integration_accelerate
 dipkernels/integrations/lightning.py: integration_lightning
 dipkernels/integrations/peft.py: integration_peft adapters user_code_loaders
