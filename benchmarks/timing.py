@@ -268,7 +268,7 @@ def passes(x: Tensor, dy: Tensor) -> dict[str, Callable[[nn.Module], Callable[[]
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def saved_bytes(call: Callable[[], object], own: list[Tensor]) -> int:
+def saved_bytes(call: Callable[[], object], own: Sequence[Tensor] = ()) -> int:
     """What autograd keeps of a forward pass: every storage once, without those of `own` (the
     parameters)."""
     skip = {t.untyped_storage().data_ptr() for t in own}

@@ -100,31 +100,22 @@ def compile_cubin(arch: int, cubin: Path) -> None:
     assert "warning" not in result.stderr, result.stderr
 
 
+def _run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options)
+
+
 def read_kernels(cubin: Path) -> list[Kernel]:
-    usage = subprocess.run(
-        [find_tool("cuobjdump"), "-res-usage", str(cubin)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    code = subprocess.run(
-        [find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    usage = _run(find_tool("cuobjdump"), "-res-usage", cubin)
+    code = _run(find_tool("nvdisasm"), "-c", cubin).stdout
     sections = dict(
         re.findall(
             r"^\s*\.section\s+\.text\.(\w+),.*?\n(.*?)(?=^\s*\.section|\Z)", code, re.M | re.S
         )
     )
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    names = subprocess.run(
-        ["c++filt"],
-        input="\n".join(f[0] for f in found),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    names = _run("c++filt", input="\n".join(f[0] for f in found)).stdout
     kernels = []
-    for (mangled, registers, stack), name in zip(found, names.stdout.splitlines(), strict=True):
+    for (mangled, registers, stack), name in zip(found, names.splitlines(), strict=True):
         name = (
             name.replace("dip::(anonymous namespace)::", "")
             .replace("dip::", "")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import fresh_support
 import pytest
 import torch
-from source_support import ROOT
+from source_support import ROOT, program_at
 
 from dipkernels import backend, backends, env_report, functional
 from dipkernels.backends import Library, Plan, choose
@@ -453,8 +453,7 @@ def test_an_operation_that_triton_cannot_compile_runs_elsewhere(failure, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     if failure == "compiler fails":
-        (tmp_path / "gcc").write_text("#!/bin/sh\nexit 1\n")
-        (tmp_path / "gcc").chmod(0o755)
+        program_at(tmp_path / "gcc", "exit 1")
     monkeypatch.setattr(backends, "triton_problems", {})
 
     def launcher(*arguments):

@@ -9,7 +9,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from source_support import ROOT
+from source_support import ROOT, program_at
 
 NO_COMPILER = {"PATH": "", "CXX": "", "NVCC": "", "DIPKERNELS_CPU": "", "DIPKERNELS_CUDA": ""}
 
@@ -71,8 +71,7 @@ def test_build_says_what_it_builds_and_why(environment, expected):
 
 def test_a_compiler_for_another_system_is_none(tmp_path):
     """A Mac's g++ links no library for Linux."""
-    (compiler := tmp_path / "g++").write_text("#!/bin/sh\necho arm64-apple-darwin23.6.0\n")
-    compiler.chmod(0o755)
+    compiler = program_at(tmp_path / "g++", "echo arm64-apple-darwin23.6.0")
     status, output = setup_py("--version", CXX=str(compiler), DIPKERNELS_CPU="")
     assert status == 0 and "no C++ compiler for Linux" in output
     status, output = setup_py("--version", CXX=str(compiler), DIPKERNELS_CPU="1")
@@ -135,7 +134,7 @@ def test_the_sdist_is_the_whole_source(tmp_path):
 # ---- a checkout in any folder --------------------------------------------------------------------
 
 ODD = "a b$HOME:c'd\"e#(f)&"  # means something to ninja, the shell, make and the depfiles
-COMPILER = """#!/bin/sh
+COMPILER = """
 # Stands for g++: finds what it is to read, and writes what it is to write.
 [ "$1" = -dumpmachine ] && { echo x86_64-linux-gnu; exit 0; }
 for word; do
@@ -170,9 +169,7 @@ def build_in(folder, **environment):
 
 @pytest.mark.parametrize("at_once", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, tmp_path, at_once):
-    compiler = tmp_path / "c++"
-    compiler.write_text(COMPILER)
-    compiler.chmod(0o755)
+    compiler = program_at(tmp_path / "c++", COMPILER)
     with ThreadPoolExecutor() as pool:
         for status, output in pool.map(
             lambda _: build_in(odd_checkout, CXX=str(compiler)), range(at_once)
@@ -180,16 +177,16 @@ def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, 
             assert status == 0, output
     assert (odd_checkout / "dipkernels" / "_C.so").read_text() == "made\n"
     killed = "echo g++: fatal error: Killed signal terminated program cc1plus; exit 1\n"
-    compiler.rename(other := tmp_path / "g++")
-    other.write_text(COMPILER.replace("mkdir", f"{killed}mkdir"))
+    compiler.unlink()
+    other = program_at(tmp_path / "g++", COMPILER.replace("mkdir", f"{killed}mkdir"))
     status, output = build_in(odd_checkout, CXX=str(other))
     assert status != 0 and "Killed signal" in output and "Traceback" not in output
     assert "memory ran out: set MAX_JOBS=1" in output
 
 
 def test_the_build_heeds_max_jobs_and_ldflags(odd_checkout, tmp_path):
-    (alone := tmp_path / "c++").write_text(COMPILER.replace('"$out.busy"', "busy"))  # one at a time
-    alone.chmod(0o755)
+    one_at_a_time = COMPILER.replace('"$out.busy"', "busy")
+    alone = program_at(tmp_path / "c++", one_at_a_time)
     status, output = build_in(odd_checkout, CXX=str(alone), MAX_JOBS="1")
     assert status == 0, output
     status, output = build_in(odd_checkout, CXX=str(alone), MAX_JOBS="1", LDFLAGS="-Lnowhere")
@@ -198,9 +195,8 @@ def test_the_build_heeds_max_jobs_and_ldflags(odd_checkout, tmp_path):
 
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys):
     """Of all architectures; of what was asked for, it is to say that it cannot."""
-    nvcc, head = tmp_path / "nvcc", (ROOT / "setup.py").read_text().split("PLAN = plan()")[0]
-    nvcc.write_text("#!/bin/sh\nprintf 'compute_%s\\n' 75 80 86 87 89 90\n")
-    nvcc.chmod(0o755)
+    nvcc = program_at(tmp_path / "nvcc", "printf 'compute_%s\\n' 75 80 86 87 89 90")
+    head = (ROOT / "setup.py").read_text().split("PLAN = plan()")[0]
     module = {"__file__": str(ROOT / "setup.py")}
     exec(head, module)
     monkeypatch.delenv("DIPKERNELS_CUDA_ARCHS", raising=False)
@@ -213,13 +209,8 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("home, found", [("toolkit", "toolkit/bin/nvcc"), ("none", "nvcc")])
 def test_nvcc_is_looked_for_in_cuda_home_then_on_the_path_as_by_torch(tmp_path, home, found):
     (tmp_path / "toolkit" / "bin").mkdir(parents=True)
-    for name, text in (
-        ("toolkit/bin/nvcc", "#!/bin/sh\n"),
-        ("nvcc", "#!/bin/sh\n"),
-        ("c++", COMPILER),
-    ):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    for name, text in (("toolkit/bin/nvcc", ""), ("nvcc", ""), ("c++", COMPILER)):
+        program_at(tmp_path / name, text)
     places = dict(PATH=str(tmp_path), CUDA_HOME=str(tmp_path / home))
     compilers = dict(NVCC="", CXX=str(tmp_path / "c++"), DIPKERNELS_CPU="", DIPKERNELS_CUDA="")
     status, output = setup_py("--version", **places, **compilers)

@@ -228,13 +228,3 @@ def test_a_step_without_noise_gives_every_variance_a_gradient_of_zeros():
     for layer in (*model, gate):
         assert torch.equal(layer.log_variance.grad, torch.zeros(6))
         assert getattr(layer, "weight", None) is None or layer.weight.grad.abs().sum() > 0
-
-
-def test_layers_built_by_hand_have_streams_of_their_own():
-    """Without convert, which numbers a model's layers: two layers of one key must not share their
-    noise."""
-    a, b = dip.DIPLinear(8, 8), dip.DIPLinear(8, 8)
-    b.load_state_dict(a.state_dict())
-    x = torch.ones(3, 8)
-    with dip.fixed_noise(1):
-        assert a.number != b.number and not torch.equal(a(x), b(x))

@@ -17,7 +17,7 @@ import cuda_support
 import gpu_check_support as support
 import pytest
 import torch
-from source_support import ROOT
+from source_support import ROOT, program_at
 
 PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
 
@@ -28,7 +28,7 @@ from gpucheck.record import Record, row_errors, status  # noqa: E402
 from dipkernels import backends  # noqa: E402
 from dipkernels.ops import registry  # noqa: E402
 
-TOOL = """#!/bin/sh
+TOOL = """
 # compute-sanitizer as it behaves: runs the command, and says last how much it has found. Its exit
 # code is 9 behind a finding, but 1 where the program failed for it.
 [ "$*" = --version ] && {{ echo 1.0; exit 0; }}
@@ -58,8 +58,7 @@ def tool(tmp_path, monkeypatch):
     """A compute-sanitizer on the path that finds what is planted, or, for found=0, does not."""
 
     def install(found):
-        (tmp_path / "compute-sanitizer").write_text(TOOL.format(found=found))
-        (tmp_path / "compute-sanitizer").chmod(0o755)
+        program_at(tmp_path / "compute-sanitizer", TOOL.format(found=found))
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     return install
@@ -431,8 +430,7 @@ def test_a_machine_whose_nvidia_smi_fails_is_checked_all_the_same(monkeypatch, t
     monkeypatch.setenv("PATH", str(tmp_path))
     assert tools._driver() is None
     for script, want in (("echo 580.1; echo 580.1", "580.1"), ("echo no; exit 9", None)):
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "nvidia-smi").chmod(0o755)
+        program_at(tmp_path / "nvidia-smi", script)
         assert tools._driver() == want
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import sanitize
 import torch
-from source_support import ROOT
+from source_support import ROOT, program_at
 
 from dipkernels.backends import library
 from dipkernels.ops.draw import Draw
@@ -26,12 +26,12 @@ def guarded():
 
 def test_two_processes_may_build_the_program_at_once(tmp_path, monkeypatch):
     """No file is written by both, and none but a whole program stands where one is looked for."""
-    compiler, wrote = tmp_path / "c++", tmp_path / "wrote"
-    compiler.write_text(
-        '#!/bin/sh\nfor word; do [ "$before" = -o ] && echo made > "$word" '
-        f'&& echo "$word" >> {wrote}; before=$word; done; :\n'
+    wrote = tmp_path / "wrote"
+    compiler = program_at(
+        tmp_path / "c++",
+        'for word; do [ "$before" = -o ] && echo made > "$word" '
+        f'&& echo "$word" >> {wrote}; before=$word; done; :',
     )
-    compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     for _ in range(2):
         program = sanitize.build("guard", tmp_path / "guard")

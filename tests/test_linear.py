@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from saved_support import saved_bytes
+from timing import saved_bytes
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import functional, reference

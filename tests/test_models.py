@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_support import assert_plain
-from saved_support import saved_bytes
+from timing import saved_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from variance_support import Branches, trains_alike_in_shards
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.nn.conv import DIPConv2d
@@ -225,8 +226,7 @@ def make(name):
     torch.manual_seed(0)
     build, inputs, _ = MODELS[name]
     plain = build().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dip.DIPConversionWarning)
+    with no_warning(dip.DIPConversionWarning):
         model = dip.convert(copy.deepcopy(plain), 0.04)
     return plain, model, inputs
 
@@ -421,8 +421,7 @@ def test_stacked_experts_are_named_and_noised_by_name(name):
     with pytest.warns(dip.DIPConversionWarning, match=said):
         dip.convert(copy.deepcopy(plain))
     model = copy.deepcopy(plain)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", dip.DIPConversionWarning)
+    with no_warning(dip.DIPConversionWarning):
         dip.convert(model, 0.04, before=modules, batches=[TEXT_IN])
     assert any(n.endswith("experts") for n in dip_layers(model))
     with torch.no_grad():

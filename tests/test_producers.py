@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 from capability_support import OFFERED, assert_same_everywhere
-from saved_support import saved_bytes
 from sums_support import telling_terms
+from timing import saved_bytes
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import backend, functional, producers, reference

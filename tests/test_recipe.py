@@ -19,17 +19,18 @@ def digits(seed):
     return x[order[:500]], y[order[:500]], x[order[500:]], y[order[500:]]
 
 
-def trained(x, y, seed, recipe, epochs=80):
+def trained(x, y, widths, seed=0, recipe=True, epochs=80, size=100):
+    """A network with two hidden layers, without or with the recipe."""
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-    )
+    fan_in, hidden, classes = widths
+    body = nn.Linear(fan_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+    model = nn.Sequential(*body, nn.Linear(hidden, classes))
     if recipe:
         dip.convert(model)
         dip.calibrate(model, x.split(100))
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
     for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(100):
+        for batch in torch.randperm(len(x)).split(size):
             if recipe:
                 out = dip.trajectories(model, x[batch], m=4)
                 loss = dip.objective(out, y[batch], F.cross_entropy, model)
@@ -61,7 +62,9 @@ def test_three_lines_help_by_default(seeds):
     gains = []
     for seed in range(seeds):
         x, y, x_test, y_test = digits(seed)
-        plain, recipe = (scores(trained(x, y, seed, r), x_test, y_test) for r in (False, True))
+        plain, recipe = (
+            scores(trained(x, y, (64, 128, 10), seed, r), x_test, y_test) for r in (False, True)
+        )
         gains.append(recipe - plain)
     clean, pgd, noise = torch.stack(gains).mean(0).tolist()
     assert clean > -1 and pgd > 10 and noise > 5, (clean, pgd, noise)
@@ -74,19 +77,6 @@ def test_variances_that_cost_the_fit_shrink_and_others_stay():
     torch.manual_seed(0)
     x = torch.randn(600, 8)
     y = (x[:, 0] * x[:, 1] > 0).long()  # needs two features sharply; the other six say nothing
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
-    )
-    dip.convert(model)
-    dip.calibrate(model, [x])
-    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
-    for _ in range(60):
-        for batch in torch.randperm(len(x)).split(60):
-            out = dip.trajectories(model, x[batch], m=4)
-            loss = dip.objective(out, y[batch], F.cross_entropy, model)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    model = trained(x, y, (8, 64, 2), epochs=60, size=60)
     kept = (model[0].log_variance - model[0].variance.log_prior).detach().div(2).exp()
     assert kept[:2].max() < 0.2 and kept[2:].min() > 0.5, kept

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from source_support import ROOT, program_at
 
 from dipkernels import backends
 from dipkernels.backends import Library
 
-ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "dipkernels" / "_C.so"
 on_linux = pytest.mark.skipif(platform.system() != "Linux", reason="wheels are built on Linux")
 
@@ -362,8 +362,7 @@ def smoke(wheel, folder, expect):
 def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_path, monkeypatch):
     """And nvcc is found where the build finds it: in CUDA_HOME too."""
     (tmp_path / "bin").mkdir()
-    (nvcc := tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho Cuda release 13.0, V13.0.88\n")
-    nvcc.chmod(0o755)
+    program_at(tmp_path / "bin" / "nvcc", "echo Cuda release 13.0, V13.0.88")
     command = [sys.executable, ROOT / "tools" / "release" / "wheel.py", "--toolkit", "12.8"]
     monkeypatch.setenv("NVCC", "")
     monkeypatch.setenv("PATH", "")
