@@ -105,14 +105,15 @@ def spread():
 
 
 class TwoStems(nn.Module):
-    """Two first layers; noised is the first alone."""
+    """Two first layers; noised is the first alone. The second reads seen(x)."""
 
-    def __init__(self):
+    def __init__(self, seen=lambda x: x):
         super().__init__()
+        self.seen = seen
         self.a, self.b, self.relu = dip.DIPLinear(3, 2), nn.Linear(3, 2), nn.ReLU(inplace=True)
 
     def forward(self, x):
-        return self.relu(self.a(x)) + self.b(x)
+        return self.relu(self.a(x)) + self.b(self.seen(x))
 
 
 class Wrapped(nn.Module):
@@ -139,6 +140,8 @@ class Wrapped(nn.Module):
             "^model: expected its DIP layer '1' to read x",
         ),
         (TwoStems, "^model: expected to read x through its DIP layer 'a' alone"),
+        (lambda: TwoStems(nn.LayerNorm(3)), "^model: expected to read x through its DIP layer"),
+        (lambda: TwoStems(torch.sign), "^model: expected to read x through its DIP layer"),
         (spread, "^model: expected one sigma"),
         (lambda: dip.DIPLinear(3, 2, num_samples=2), "^model: expected num_samples=1"),
         (
@@ -151,7 +154,7 @@ class Wrapped(nn.Module):
 )
 def test_what_certifies_nothing_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
-        dip.certify(model(), torch.randn(2, 3), k=50)
+        dip.certify(model(), torch.rand(2, 3) + 0.1, k=50)
 
 
 def test_logits_that_an_output_holds_are_certified():

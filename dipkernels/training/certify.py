@@ -189,7 +189,11 @@ def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
         held.append(output.clone())
         return held[0].clone()  # what follows may work in place
 
+    # not x + 1 alone, which a norm makes x again; -x for what reads signs
+    others = [x + torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x), -x]
     with around(layer, after=hold), eval_mode(model):
-        for_each(model, [x, x + 1], lambda batch: outs.append(logits_of(run_batch(model, batch))))
-    first, second = outs
-    return isinstance(first, Tensor) and not torch.allclose(first, second, equal_nan=True)
+        for_each(model, [x, *others], lambda batch: outs.append(logits_of(run_batch(model, batch))))
+    first = outs[0]
+    return isinstance(first, Tensor) and not all(
+        torch.allclose(first, other, equal_nan=True) for other in outs[1:]
+    )
