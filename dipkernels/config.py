@@ -112,7 +112,7 @@ class DIPConfig:
             )
         check_place(self.place)
         check_per(self.per)
-        check_average(self.average, None, ("probs", "sigmoid", "logits"))
+        check_average(self.average, None)
         for name, plain in (("ratio", None), ("start", None), ("per", "layer")):
             if self.init_variance is not None and getattr(self, name) != plain:
                 raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .arguments import described, integer, real
-from .models.probe import eval_mode
+from .models.probe import eval_mode, frozen
 from .models.spreads import measured_spreads
 from .nn.numbering import dip_layers, require_module
 from .noise import contexts
@@ -63,7 +63,7 @@ def predictor(
     """
     require_module(model, or_function=True)
     k = integer("k", k, 0)
-    check_average(average, dim, ("probs", "sigmoid", "logits"))
+    check_average(average, dim)
     if k > 0 and isinstance(model, nn.Module) and not dip_layers(model):
         raise ValueError(
             "model: expected DIP layers, found none: its k passes would be equal; convert it first"
@@ -81,11 +81,18 @@ def predictor(
     return f
 
 
+def _of_module(
+    context: Callable[[nn.Module], contextlib.AbstractContextManager[None]],
+    model: Callable[..., Any],
+) -> contextlib.AbstractContextManager[None]:
+    """The context of a module; none of another function."""
+    return context(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
     """Eval mode with noise, and attention by kernels that forward differentiation knows."""
-    evaluating = eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
-    with evaluating, contexts.sampling_on(), sdpa_kernel(SDPBackend.MATH):
+    with _of_module(eval_mode, model), contexts.sampling_on(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
@@ -132,7 +139,7 @@ def lipschitz(
     require_batch(x)
     f = predictor(model, k, average=average, dim=dim, key=key)
     x = x.detach()
-    with _frozen(model):
+    with _of_module(frozen, model):
         f_of_x, pull_back, *_ = torch.func.vjp(f, x)
         if f_of_x.ndim < 2 or len(f_of_x) != len(x):
             raise ValueError(
@@ -207,7 +214,7 @@ def smoothness(
         hv = times_hessian(v)
         return _norm(hv), hv
 
-    with _frozen(model):
+    with _of_module(frozen, model):
         top = _power_iteration(step, x, iterations, tolerance)
         if which == "magnitude":
             return top
@@ -255,20 +262,6 @@ def _loss_sum(losses: Tensor, batch: int) -> Tensor:
     return losses.sum()
 
 
-@contextlib.contextmanager
-def _frozen(model: Callable[..., Any]) -> Iterator[None]:
-    """Parameters without gradients inside: nothing is kept for them."""
-    of_model = model.parameters() if isinstance(model, nn.Module) else ()
-    parameters = [p for p in of_model if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
 # ---- output variance and signal-to-noise ---------------------------------------------------------
 
 
@@ -306,7 +299,7 @@ def output_variance(
     Source: arXiv 2506.04690, the constraint Var[f(x)].
     """
     k = integer("k", k, 2, other=", for a variance")
-    check_average(average, dim, ("probs", "sigmoid", "logits"))
+    check_average(average, dim)
     out = predict(model, *args, k=k, average=None, chunk=chunk, **kwargs)
     return tensor_output(out, average, dim, stacked=1).var(0)
 

@@ -69,6 +69,20 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient: a pass keeps no graph for them."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learned:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learned:
+            with torch.inference_mode(p.is_inference()):  # one made there allows it there alone
+                p.requires_grad_(True)
+
+
 def eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Hooks added after torch.compile are not seen by the compiled code."""
     compiled = any(

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import worlds
-from .probe import around, for_each, input_of, leaves, run_batch, seed_alike, shown, untouched
+from .probe import (
+    around,
+    for_each,
+    frozen,
+    input_of,
+    leaves,
+    run_batch,
+    seed_alike,
+    shown,
+    untouched,
+)
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
@@ -194,7 +204,7 @@ class Watch(TorchDispatchMode):
                     self._pass(model.train(training), batch)
 
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        with contextlib.ExitStack() as watched, untouched(model), _frozen(model):
+        with contextlib.ExitStack() as watched, untouched(model), frozen(model):
             for m in modules:
                 # of a candidate with hooks, which change what it makes, the whole call
                 name = "_call_impl" if m in self._candidates and m._forward_hooks else "forward"
@@ -370,20 +380,6 @@ class Watch(TorchDispatchMode):
 
     def _shown(self, module: nn.Module) -> str:
         return shown(self._names.get(module, ""), module)
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient: with gradients on, a pass keeps no graph."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in learned:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in learned:
-            with torch.inference_mode(p.is_inference()):  # one made there allows it there alone
-                p.requires_grad_(True)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...] | None:

@@ -105,7 +105,7 @@ def predict(
         )
     k = 16 if k is None else integer("k", k, 0)
     chunk = 1 if chunk is None else integer("chunk", chunk, 1)
-    check_average(average, dim)
+    check_average(average, dim, (*AVERAGES, None))
     layers = dip_layers(model)
     if k > 0 and not layers:
         raise ValueError(
@@ -161,11 +161,11 @@ def _joined(name: str, *chunks: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
-_AVERAGES = ("probs", "sigmoid", "logits", None)
+AVERAGES = ("probs", "sigmoid", "logits")
 
 
 def check_average(
-    average: str | None, dim: int | None, known: tuple[str | None, ...] = _AVERAGES
+    average: str | None, dim: int | None, known: tuple[str | None, ...] = AVERAGES
 ) -> None:
     """Raise ValueError for an unknown `average`, or a `dim` without a softmax to take over it."""
     if average not in known:
