@@ -10,7 +10,7 @@ from torch import nn
 
 from ..arguments import integer
 from ..config import DIPConfig, require_config, save
-from .parts import place_in_batch, size_of, step_of, warn_of_another
+from .parts import noise_of_step, size_of, warn_of_another
 
 
 def step_noise(
@@ -46,9 +46,9 @@ def step_noise(
     """
     config = require_config(model)
     micro, batch_size = integer("micro", micro, 0), integer("batch_size", batch_size, 1)
-    first = place_in_batch(micro, accelerator.process_index, accelerator.num_processes, batch_size)
-    entries = 0 if batch is None else size_of(batch) * config.m
-    return config.noise(step_of(step, batch), first * config.m, entries)
+    place = micro, accelerator.process_index, accelerator.num_processes
+    rows = 0 if batch is None else size_of(batch)
+    return noise_of_step(config, step, batch, place, batch_size, rows)
 
 
 def keep_config(accelerator: Any, model: nn.Module) -> None:

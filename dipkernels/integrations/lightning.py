@@ -26,13 +26,12 @@ from ..reports import metrics
 from ..training.objective import kl_penalty
 from .parts import (
     config_of_run,
+    noise_of_step,
     on_trajectories,
     one_start,
-    place_in_batch,
     require_groups,
     size_of,
     size_of_batches,
-    step_of,
     warn_of_another,
     warn_of_faults,
 )
@@ -217,11 +216,9 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         step, config = trainer.global_step, require_config(pl_module)
         micro = self._at[1] + 1 if self._at[0] == step else 0
         self._at = (step, micro)
-        where = (micro, trainer.global_rank, trainer.world_size)
+        place = micro, trainer.global_rank, trainer.world_size
         size = size_of_batches(trainer.train_dataloader)
-        count = size_of(batch)
-        first = place_in_batch(*where, size, count)
-        noise = config.noise(step_of(step, batch), first * config.m, count * config.m)
+        noise = noise_of_step(config, step, batch, place, size, size_of(batch))
         self._noise.enter_context(noise)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:

@@ -3,6 +3,7 @@ ranks, m trajectories of a step."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -203,15 +204,23 @@ def step_of(step: int, batch: Any) -> int:
 _APART = 2**20  # rows between the micro-batches of a step, where their sizes are not known
 
 
-def place_in_batch(micro: int, rank: int, world: int, batch_size: int | None, rows: int = 1) -> int:
-    """Index of a micro-batch's first row in the batch of an optimiser step: of all micro-batches of
-    all ranks.
+def noise_of_step(
+    config: DIPConfig,
+    step: int,
+    batch: Any,
+    place: tuple[int, int, int],
+    batch_size: int | None,
+    rows: int,
+) -> contextlib.AbstractContextManager[object]:
+    """The noise of a micro-batch, by its place in the batch of an optimiser step: of all
+    micro-batches of all ranks.
 
-    batch_size: of a whole micro-batch, the same everywhere; the last one may be smaller. None where
-    they are of any size: then no two have a row in common, and that is all. rows: of this one,
-    which may be more: a preference batch has two for each example.
+    place: the number of the micro-batch, the rank, and how many ranks there are. batch_size: of a
+    whole micro-batch, the same everywhere; the last one may be smaller. None where they are of any
+    size: then no two have a row in common, and that is all. rows: of this one, which may be more: a
+    preference batch has two for each example; 0 where they are not known.
     """
-    place = micro * world + rank
-    if batch_size is None:
-        return place * _APART
-    return place * batch_size * max(1, -(-rows // batch_size))
+    micro, rank, world = place
+    each = _APART if batch_size is None else batch_size * max(1, -(-rows // batch_size))
+    first = (micro * world + rank) * each
+    return config.noise(step_of(step, batch), first * config.m, rows * config.m)

@@ -46,13 +46,12 @@ from ..training.objective import kl_penalty, smoothness
 from .parts import (
     config_of_run,
     learning_variances,
+    noise_of_step,
     on_trajectories,
     one_start,
     own_group,
-    place_in_batch,
     require_groups,
     size_of_batches,
-    step_of,
     warn_of_another,
     warn_of_faults,
 )
@@ -61,6 +60,9 @@ _RUN = 2**32  # keys between the runs of two seeds
 _NO_CONFIG = (
     "dip: expected a DIPConfig, or a model that dip.apply has converted, got neither; a resumed "
     "run takes the config of its checkpoint"
+)
+_WITHOUT_BATCHES = (
+    "set init_variance=... in the config, or call dip.apply(model, config, batches) before"
 )
 
 _Trainer: Any = object  # a transformers.Trainer, or a subclass of it
@@ -177,8 +179,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise ValueError(
                 "train_dataset: expected one, whose first batches set the noise (ratio), got "
-                "None; set init_variance=... in the config, or call dip.apply(model, config, "
-                "batches) before"
+                f"None; {_WITHOUT_BATCHES}"
             )
         with untouched(model):
             prepared: Any = self.get_train_dataloader()
@@ -188,8 +189,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not all(isinstance(batch, Mapping) for batch in batches):
             raise ValueError(
                 "train_dataset: expected batches that are mappings, got "
-                f"{type(batches[0]).__name__}; say init_variance=... in the config, or call "
-                "dip.apply(model, config, batches) before"
+                f"{type(batches[0]).__name__}; {_WITHOUT_BATCHES}"
             )
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(inner.forward).parameters
@@ -198,8 +198,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not all(found):
             raise ValueError(
                 "train_dataset: expected batches of what the model's forward takes, got "
-                f"{list(batches[0])}; say init_variance=... in the config, or call "
-                "dip.apply(model, config, batches) before"
+                f"{list(batches[0])}; {_WITHOUT_BATCHES}"
             )
         return found
 
@@ -250,13 +249,12 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         sizes = {name: len(v) for name, v in given.items() if isinstance(v, Tensor) and v.ndim}
         # ORPO puts them into one batch
         pair = [sizes[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in sizes]
-        rows = [sum(pair)] if pair else [*sizes.values()][:1]
-        where = (micro, self.args.process_index, self.args.world_size)
+        rows = sum(pair) or next(iter(sizes.values()), 0)
+        place = micro, self.args.process_index, self.args.world_size
         loader = self.callback_handler.train_dataloader
         known = loader is None or size_of_batches(loader)
-        first = place_in_batch(*where, self._train_batch_size if known else None, *rows)
-        key = step_of(self.args.seed * _RUN + step, inputs)
-        return config.noise(key, first * config.m, sum(rows) * config.m)
+        size = self._train_batch_size if known else None
+        return noise_of_step(config, self.args.seed * _RUN + step, inputs, place, size, rows)
 
     def _dip_require_loss(self) -> None:
         """Raise ValueError where the step has gone past this class's compute_loss."""
@@ -338,16 +336,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         said = self.loss_is_scaled_for_ga is not None or self.compute_loss_func is not None
         if items is None or n == 1 or said or _of_trl(self):
             return False
-        own, losses = super().compute_loss, []
-        for count in (items, 2 * items):
-            # as in a step, which may take gradients inside the loss; both with the same draws
-            with untouched(self.model), noise_off(), self.compute_loss_context_manager():
-                self.model.train()
-                batch = dict(self._prepare_inputs(inputs))
-                losses.append(own(self.model, batch, num_items_in_batch=count).mean().item())
-        # a GPU's sums may differ in their last bits
-        same = math.isfinite(losses[0]) and losses[0] != 0 and math.isclose(*losses, rel_tol=1e-3)
-        if not self._dip_on_any_rank(same):
+        self.model.train()  # as in a step, which may take gradients inside the loss
+        one, two = (self._dip_loss_now(inputs, count) for count in (items, 2 * items))
+        if not self._dip_on_any_rank(_is_times(one, two, 1)):
             return False
         warnings.warn(
             f"dipkernels: the loss of {type(self.model).__name__} is not divided by "
@@ -361,26 +352,16 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         """Whether the trainer's loss adds up the examples, so that m trajectories would make it m
         times as large. So does CTC's in transformers by default. Asked once; all ranks answer as
         one."""
-        m, own, losses = self.dip_config.m, super().compute_loss, []
+        m, found = self.dip_config.m, False
         if m == 1 or _of_trl(self):
             return False
-        for times in (1, m):
-            count = None if items is None else items * times
-            run = functools.partial(own, self.model, num_items_in_batch=count)
-            # what only runs in training is asked nothing; another error comes again in the step
-            with (
-                untouched(self.model),
-                noise_off(),
-                self.compute_loss_context_manager(),
-                contextlib.suppress(Exception),
-                eval_mode(self.model),  # without dropout the two differ by a factor alone
-            ):
-                batch = dict(self._prepare_inputs(inputs))
-                losses.append(on_trajectories(run, batch, times)[0].mean().item())
-        one, many = losses if len(losses) == 2 else (0.0, 0.0)
-        # infinity, which a first loss may be in 16 bits, is also m times itself
-        same = math.isfinite(one) and one != 0 and math.isclose(many, m * one, rel_tol=1e-3)
-        if not self._dip_on_any_rank(same):
+        # without dropout the two differ by a factor alone; what only runs in training is asked
+        # nothing, and another error comes again in the step
+        with contextlib.suppress(Exception), eval_mode(self.model):
+            many = None if items is None else items * m
+            losses = self._dip_loss_now(inputs, items), self._dip_loss_now(inputs, many, m)
+            found = _is_times(*losses, m)
+        if not self._dip_on_any_rank(found):
             return False
         warnings.warn(
             f"dipkernels: the loss of {type(self.model).__name__} is a sum over the batch; it is "
@@ -389,6 +370,14 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             stacklevel=3,
         )
         return True
+
+    def _dip_loss_now(self, inputs: Any, items: Any, times: int = 1) -> float:
+        """The trainer's own loss, without noise, of a batch with every example so many times: the
+        same draws each time it is asked, and no trace left."""
+        run = functools.partial(super().compute_loss, self.model, num_items_in_batch=items)
+        with untouched(self.model), noise_off(), self.compute_loss_context_manager():
+            batch = dict(self._prepare_inputs(inputs))
+            return float(on_trajectories(run, batch, times)[0].mean().item())
 
     def _dip_on_any_rank(self, found: bool) -> bool:
         here = torch.tensor([int(found)], device=self.args.device)
@@ -507,6 +496,13 @@ class DIPTrainer(DIPMixin, transformers.Trainer):
 
 def _of_trl(thing: object) -> bool:
     return any(c.__module__.startswith("trl.") for c in type(thing).__mro__)
+
+
+def _is_times(first: float, second: float, factor: int) -> bool:
+    """Whether the second is the first so many times, but for a GPU's last bits; not where that is
+    infinite, as a first loss may be in 16 bits."""
+    known = math.isfinite(first) and first != 0
+    return known and math.isclose(second, factor * first, rel_tol=1e-3)
 
 
 def _logits(outputs: Any) -> Tensor:
