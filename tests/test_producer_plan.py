@@ -1286,6 +1286,15 @@ def test_a_gates_activation_that_others_call_too_stays():
     model(X).sum().backward()
 
 
+@pytest.mark.parametrize("name, kind", [("parts", "Gated"), ("kind", "SiLU")])
+def test_a_gated_product_with_a_name_that_its_dip_class_uses_stays(name, kind):
+    model = nn.Sequential(nn.LayerNorm(8), Gated())
+    setattr(model[1] if kind == "Gated" else model[1].silu, name, 2)
+    dip.convert(model, place="producer", batches=[X])
+    assert f"{kind} has ['{name}'] of its own" in left(dip.summary(model).plan)["1.w2"]
+    model(X).sum().backward()
+
+
 def test_halves_along_another_dimension_are_no_gated_product():
     assert gated_parts(Halves) == ("w2", "silu", "w1", "w1")
     assert gated_parts(OtherHalves) is None

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.activation import ActivationProducer, GateProducer, gated_block_type
+from ..nn.activation import ActivationProducer, GatedBlock, GateProducer, gated_block_type
 from ..nn.layer import DIPLayer
 from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
 from ..nn.twin import made_type
@@ -254,11 +254,10 @@ class _Planner:
         if isinstance(what, str):
             return what
         base, facts = what
-        if taken := names_taken(producer, base, facts):
-            return f"it has {taken} of its own, names that a DIP layer uses"
-        reason = self._dtype_reason(producer, calls)
+        reason = self._names_reason(producer, base, facts) or self._dtype_reason(producer, calls)
         if gated is not None:
             reason = reason or self._module_reason(gated.block) or self._layer_reason(layers[0])
+            reason = reason or self._names_reason(gated.block, GatedBlock, ["parts"])
             if any(call.caller is not gated.block for call in calls):
                 reason = reason or f"it is called outside of {self._shown(gated.block)} too"
         else:
@@ -278,6 +277,12 @@ class _Planner:
         if _has_hooks(module):
             return "it has hooks, which would see noise"
         return no_twin(module) or ""
+
+    @staticmethod
+    def _names_reason(module: nn.Module, twin: type[Any], facts: Iterable[str]) -> str:
+        taken = names_taken(module, twin, facts)
+        kind = type(module).__name__
+        return f"{kind} has {taken} of its own, names that a DIP layer uses" if taken else ""
 
     def _dtype_reason(self, producer: nn.Module, calls: list[Call]) -> str:
         dtypes = {dtype for call in calls for dtype in call.dtypes if dtype is not None}
