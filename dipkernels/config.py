@@ -19,9 +19,10 @@ from .arguments import integer, real
 from .models.calibrate import amounts, calibrate, check_per
 from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
+from .models.marks import CONFIG
 from .models.parameters import load_variances, variances
 from .models.patterns import Patterns, around, shared_groups, strings
-from .models.probe import CONFIG, listed
+from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import Model, dip_layers, require_module
 from .noise.contexts import fixed_noise
@@ -48,8 +49,7 @@ class DIPConfig:
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
         place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
-        ratio: Sigma over spread, > 0, as for `calibrate`, or {pattern: ratio}, where the first
-            pattern that matches a layer's name counts. None: the default of `calibrate`.
+        ratio: Sigma over spread, as for `calibrate`: a number, {pattern: number} or None.
         init_variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
             calibrated.
         per: "layer" or "feature", as `calibrate`'s.

@@ -31,7 +31,7 @@ noise: contexts guards seeds
 nn: decay variance inputs tracing layer sharing linear conv input twin norm activation numbering
 nn: attention
 distributed
-models: patterns convertible probe choose readers gated place check spreads parameters summary calibrate
+models: patterns convertible wrappers marks probe choose readers gated place check spreads parameters summary calibrate
 models: convert
 training: analytic trajectories predict objective certify
 reports

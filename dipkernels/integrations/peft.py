@@ -20,8 +20,8 @@ from ..config import (
 )
 from ..models.convert import convert
 from ..models.convertible import base_layer, is_adapter
+from ..models.marks import WAITING
 from ..models.parameters import load_variances, variances
-from ..models.probe import WAITING
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
 from ..nn.twin import made_type

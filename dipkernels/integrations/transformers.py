@@ -37,7 +37,8 @@ from ..config import (
     save,
 )
 from ..models.parameters import load_variances
-from ..models.probe import around, eval_mode, plain_names, untouched
+from ..models.probe import around, eval_mode, untouched
+from ..models.wrappers import plain_names
 from ..nn.variance import TENSORS, Variance
 from ..noise import contexts
 from ..noise.contexts import noise_off

@@ -20,7 +20,9 @@ from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
 from ..noise import contexts
 from ..ops.dtensor import full
-from .probe import PLAN, around, eager, remembered, run_batch, untouched, unwrapped
+from .marks import PLAN, remembered
+from .probe import around, eager, run_batch, untouched
+from .wrappers import unwrapped
 
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "

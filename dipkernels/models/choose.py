@@ -32,8 +32,9 @@ from .convertible import (
     shown_together,
     unnoised,
 )
+from .marks import NOISED_BY, PLAN
 from .patterns import Patterns, around, strings
-from .probe import NOISED_BY, PLAN, plain_names
+from .wrappers import plain_names
 
 
 @dataclasses.dataclass(frozen=True)

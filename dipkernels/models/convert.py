@@ -36,9 +36,10 @@ from .convertible import (
     twin_of,
     unnoised,
 )
+from .marks import NOISED_BY, PLAN, forget, remember
 from .patterns import Patterns, shared_groups, value_of_each
 from .place import UNREACHED, Move, ProducerPlan, find_moves
-from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
+from .probe import listed, probed
 
 
 class DIPConversionWarning(UserWarning):

@@ -15,7 +15,7 @@ from ..nn.sharing import orphans
 from ..nn.variance import TENSORS, Variance, require_finite_values
 from ..ops import dtensor
 from .check import require_finite
-from .probe import plain_names, without_wrappers
+from .wrappers import plain_names, without_wrappers
 
 
 def param_groups(

@@ -1,5 +1,4 @@
-"""A batch through a model that leaves no trace: what a forward pass hands to its modules; what
-convert has converted."""
+"""A batch through a model that leaves no trace: what a forward pass hands to its modules."""
 
 from __future__ import annotations
 
@@ -17,19 +16,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..arguments import described
-from ..nn.numbering import dip_layers
 from ..nn.twin import first_parameter
 from ..noise import contexts
-
-# in the __dict__ of a model that was converted: the names of its DIP layers
-_CONVERTED = "_dip_converted"
-PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
-# in that of a layer whose input is noised where it is made: the name of what makes it
-NOISED_BY = "_dip_noised_by"
-CONFIG = "_dip_config"  # in that of a model that a DIPConfig was applied to: the config
-# in that of a model of PEFT: {adapter: its variances} of those that are not active
-WAITING = "_dip_waiting"
-
 
 # ---- running -------------------------------------------------------------------------------------
 
@@ -308,98 +296,3 @@ def _features(name: str, dim: int, x: object, before: int | None) -> int:
             f"{features}; choose another dimension by before={{pattern: dimension}}"
         )
     return features
-
-
-# ---- what convert has converted ------------------------------------------------------------------
-
-
-def remember(model: nn.Module) -> None:
-    """Leave the names of its DIP layers with the model and with their parents, by which `check`
-    misses the replaced."""
-    layers = tuple(dip_layers(model))
-    inside: dict[str, list[str]] = {}
-    for name in layers:
-        parent, _, own = name.rpartition(".")
-        inside.setdefault(parent, []).append(own)
-    for parent, children in inside.items():
-        model.get_submodule(parent).__dict__[_CONVERTED] = tuple(children)
-    model.__dict__[_CONVERTED] = layers
-
-
-def forget(model: nn.Module) -> None:
-    for module in model.modules():
-        for key in (_CONVERTED, PLAN, NOISED_BY, CONFIG, WAITING):
-            module.__dict__.pop(key, None)
-
-
-def readers_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    """The layers whose input a module noises where it makes it, by that module."""
-    found: dict[nn.Module, nn.Module] = {}
-    for root in reversed([m for m in model.modules() if PLAN in vars(m)]):  # the innermost first
-        modules = plain_names(root)
-        for module in modules.values():
-            name = vars(module).get(NOISED_BY)
-            if name is not None and name in modules:
-                found.setdefault(module, modules[name])
-    readers: dict[nn.Module, list[nn.Module]] = {}
-    for module, producer in found.items():
-        readers.setdefault(producer, []).append(module)
-    return readers
-
-
-def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, tuple[str, ...]]]:
-    """(the module that was converted, its own name, the names in it of its layers) of every
-    one."""
-    for name, module in model.named_modules():
-        if _CONVERTED in vars(module):
-            yield module, name, vars(module)[_CONVERTED]
-
-
-# ---- wrappers ------------------------------------------------------------------------------------
-
-_INNER = {  # the child by which a wrapper holds the model
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "AveragedModel": "module",
-    "DeepSpeedEngine": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "_FabricModule": "_forward_module",
-}
-
-
-def _inner(module: nn.Module) -> str | None:
-    """The child by which a wrapper holds the model; None for any other module."""
-    return next((_INNER[c.__name__] for c in type(module).__mro__ if c.__name__ in _INNER), None)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that wrappers, however many, hold. Fabric's stays: it casts what the model gets."""
-    inner = _inner(model)
-    if inner is None or inner == "_forward_module":
-        return model
-    return unwrapped(getattr(model, inner))
-
-
-def plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its name in the model that torch.compile, DDP and other wrappers hold."""
-    plain = {"": ""}
-    inner: dict[str, str | None] = {}
-    modules = {}
-    for name, module in model.named_modules():
-        if name:
-            parent, _, own = name.rpartition(".")
-            dropped = inner[parent] == own
-            plain[name] = plain[parent] if dropped else f"{plain[parent]}.{own}".lstrip(".")
-        inner[name] = _inner(module)
-        modules[plain[name]] = module
-    return modules
-
-
-def without_wrappers(name: str, known: Mapping[str, object]) -> str:
-    """A name from a wrapped model's state dict as the plain model has it."""
-    dropped = set(_INNER.values()) - {"module"}
-    name = ".".join(part for part in name.split(".") if part not in dropped)
-    plain = name.removeprefix("module.")
-    return plain if name not in known and plain in known else name

@@ -19,7 +19,8 @@ from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .convertible import feature_dim_of
-from .probe import input_of, readers_of, watch
+from .marks import readers_of
+from .probe import input_of, watch
 
 # values of an example below which it is measured how many of them are independent
 FEW = 64

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..nn.numbering import need_layers
 from .check import require_finite
+from .marks import PLAN
 from .place import ProducerPlan
-from .probe import PLAN
 from .spreads import measured_spreads
 
 

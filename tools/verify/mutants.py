@@ -87,7 +87,8 @@ dipkernels/**/analytic.py: analytic
 dipkernels/**/trajectories.py dipkernels/**/predict.py: trajectories objective
 dipkernels/training/*.py: objective trajectories recipe
 dipkernels/**/probe.py dipkernels/**/check.py: check before convert
-dipkernels/**/place.py dipkernels/**/readers.py: producer_plan producer_modules before models
+dipkernels/**/place.py dipkernels/**/readers.py dipkernels/**/gated.py: producer_plan
+    producer_modules before models
 dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert calibrate
     before first_mistakes recipe user_code_variance check user_code_loaders models adapters
 dipkernels/integrations/accelerate.py: integration_accelerate

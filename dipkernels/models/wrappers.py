@@ -1,0 +1,54 @@
+"""The model that torch.compile, DDP and other wrappers hold, and the names in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+_INNER = {  # the child by which a wrapper holds the model
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "_FabricModule": "_forward_module",
+}
+
+
+def _inner(module: nn.Module) -> str | None:
+    """The child by which a wrapper holds the model; None for any other module."""
+    return next((_INNER[c.__name__] for c in type(module).__mro__ if c.__name__ in _INNER), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that wrappers, however many, hold. Fabric's stays: it casts what the model gets."""
+    inner = _inner(model)
+    if inner is None or inner == "_forward_module":
+        return model
+    return unwrapped(getattr(model, inner))
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its name in the model that torch.compile, DDP and other wrappers hold."""
+    plain = {"": ""}
+    inner: dict[str, str | None] = {}
+    modules = {}
+    for name, module in model.named_modules():
+        if name:
+            parent, _, own = name.rpartition(".")
+            dropped = inner[parent] == own
+            plain[name] = plain[parent] if dropped else f"{plain[parent]}.{own}".lstrip(".")
+        inner[name] = _inner(module)
+        modules[plain[name]] = module
+    return modules
+
+
+def without_wrappers(name: str, known: Mapping[str, object]) -> str:
+    """A name from a wrapped model's state dict as the plain model has it."""
+    dropped = set(_INNER.values()) - {"module"}
+    name = ".".join(part for part in name.split(".") if part not in dropped)
+    plain = name.removeprefix("module.")
+    return plain if name not in known and plain in known else name
