@@ -21,7 +21,7 @@ from dipkernels.nn.conv import DIPConv1d, DIPConv2d
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import number_layers
-from dipkernels.noise.contexts import sampling_on
+from dipkernels.noise.contexts import fixed_noise, sampling_on
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -397,6 +397,33 @@ def test_predict_exports(options):
         got = exported(each)
         torch.manual_seed(4)
         torch.testing.assert_close(got, server(each))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_sampling_inside_what_is_traced_reaches_layers_behind_the_fast_path(strict):
+    """In a whole graph of torch.compile, and in both kinds of export."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = dip.convert(nn.TransformerEncoder(block, 1, enable_nested_tensor=False), 0.1).eval()
+    x = torch.randn(2, 3, 8)
+
+    class Server(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            with fixed_noise(3):
+                return dip.predict(self.model, x, k=2, average="logits")
+
+    server = Server()
+    want = server(x)
+    with torch.no_grad():
+        assert not torch.allclose(want, model(x), atol=1e-3)
+    exported = torch.export.export(server, (x,), strict=strict).module()
+    compiled = torch.compile(server, backend="eager", fullgraph=True)
+    for traced in (exported, compiled):
+        torch.testing.assert_close(traced(x), want)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.slow

@@ -179,8 +179,28 @@ class noise_off(_State):
         MODE = "off"
 
 
-_sampling = 0  # how many sampling_on are entered, and attention's fast path before the first
-_fast_path = True
+_sampling = 0  # how many sampling_on are entered
+_paused = False  # whether attention's fast path was on before the first, and is off now
+
+
+def _pause_fast_path() -> None:
+    global _paused
+    if torch.backends.mha.get_fastpath_enabled():
+        torch.backends.mha.set_fastpath_enabled(False)
+        _paused = True
+
+
+def _resume_fast_path() -> None:
+    global _paused
+    if _paused:
+        torch.backends.mha.set_fastpath_enabled(True)
+        _paused = False
+
+
+# torch.compile runs them while it traces, and so traces the layers themselves. One that gives up
+# between them leaves the fast path off until the next sampling_on ends.
+_pause_fast_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_resume_fast_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class sampling_on(_State):
@@ -203,18 +223,16 @@ class sampling_on(_State):
         MODE = "on"
 
     def __enter__(self) -> Self:
-        global _sampling, _fast_path
-        if _sampling == 0:
-            _fast_path = torch.backends.mha.get_fastpath_enabled()
+        global _sampling
         _sampling += 1
-        torch.backends.mha.set_fastpath_enabled(False)
+        _pause_fast_path()
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
         global _sampling
         _sampling -= 1
         if _sampling == 0:  # the last one, also where two have overlapped
-            torch.backends.mha.set_fastpath_enabled(_fast_path)
+            _resume_fast_path()
         super().__exit__(*exc)
 
 
