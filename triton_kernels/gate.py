@@ -134,9 +134,9 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
     """(da, db, dsigma) of `gate`, empty for what is None; without a sigma nothing is drawn."""
     da, written = torch.empty_like(a), None if b is None else torch.empty_like(b)
     db = du.new_empty(0, dtype=torch.float32) if b is None else written
-    dsigma = du.new_empty(0, dtype=torch.float32) if sigma is None else sigma.new_zeros(sigma.shape)
+    dsigma = du.new_empty(0, dtype=torch.float32) if sigma is None else sigma.new_empty(sigma.shape)
     if a.numel() == 0:
-        return da, db, dsigma
+        return da, db, dsigma.zero_()
     # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside
     # it.
     elements = SUM_ELEMENTS if a.element_size() == 2 and b is None else SUM_ELEMENTS // 2

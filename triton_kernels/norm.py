@@ -299,10 +299,10 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     weight, bias, sigma = columns = _dense(weight, bias, sigma)
     grads = [
-        du.new_empty(0, dtype=torch.float32) if t is None else torch.zeros_like(t) for t in columns
+        du.new_empty(0, dtype=torch.float32) if t is None else torch.empty_like(t) for t in columns
     ]
     if x.numel() == 0:
-        return dx, *grads
+        return dx, *(grad.zero_() for grad in grads)
     rows, flat_du, flat_dx, wide = flat_rows(x), flat_rows(du), flat_rows(dx), stats.dtype
     whole = k + shift <= _whole_columns(x.dtype)
     tile = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256)
