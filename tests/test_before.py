@@ -558,6 +558,35 @@ def test_what_before_already_noises_is_not_named():
     assert dip.check(dip.convert(nn.Sequential(Reads()), **at("0")), X)
 
 
+class Mixture(nn.Module):
+    """Routes by a layer that reads the block's own input, and has another that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.out = nn.Linear(8, 3), nn.Linear(8, 8)
+        self.experts = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x):
+        rows = x.view(-1, 8)
+        weights = self.gate(rows).softmax(-1)
+        return self.out(torch.einsum("ne,nk,ekd->nd", weights, rows, self.experts)).view(x.shape)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_that_would_get_the_noise_of_before_and_its_own_is_named(device):
+    batches = [X.view(2, 3, 8).to(device)]
+    given = {"before": ["1"], "batches": batches}
+    said = r"convert: 1 layer\(s\) would get noise twice: 1.gate\. "
+    with pytest.warns(dip.DIPConversionWarning, match=said) as caught:
+        dip.convert(nn.Sequential(nn.Linear(8, 8), Mixture()).to(device), **given)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = nn.Sequential(nn.Linear(8, 8), Mixture()).to(device)
+        dip.convert(model, exclude=["1.gate"], **given)
+    assert list(dip_layers(model)) == ["0", "1", "1.out"]
+
+
 def test_a_class_keeps_its_own_private_methods():
     class Private(Router):
         def _call(self, x):

@@ -306,6 +306,19 @@ class Lora(nn.Module):
         self.base_layer, self.lora_A = nn.Linear(4, 4), nn.ModuleDict({"default": nn.Linear(4, 2)})
 
 
+class LoraOfParameters(nn.Module):  # litgpt's
+    def __init__(self):
+        super().__init__()
+        self.linear, self.lora_A = nn.Linear(4, 4), nn.Parameter(torch.zeros(2, 4))
+
+
+class LoraBesideWeight(nn.Module):  # torchtune's
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+        self.lora_a, self.lora_b = nn.Linear(4, 2), nn.Linear(2, 4)
+
+
 def replaced_forward():
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x
@@ -351,6 +364,8 @@ def test_a_variance_of_another_size_leaves_attention_and_what_is_before_it_plain
         (replaced_forward, "its forward was replaced"),
         (sparse, "sparse"),
         (Lora, "a LoRA layer"),
+        (LoraOfParameters, "a LoRA layer"),
+        (LoraBesideWeight, "a LoRA layer"),
         (quantised_weight, "quantised: its weight is a Int8Tensor"),
         (
             lambda: MyAttention(4, 2),

@@ -150,7 +150,8 @@ def convert(
     noised = [*staying, *asked, *(move.producer for move in made)]
     variance_of = _variances(init_variance, {m: names[m][0] for m in noised}) if noised else {}
     _one_variance_each(groups, variance_of, names)
-    features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
+    probes = {m: (names[m][0], dim) for m, dim in asked.items()}
+    features, again = probed(model, probes, batches, staying)
     features |= {m: features_of(m) for m in staying}
     features |= {move.producer: move.features for move in made}
     for module in noised:
@@ -158,6 +159,7 @@ def convert(
     twins = {m: _twin_before(m, dim) for m, dim in asked.items()}
     if plan is not None:
         _warn_unreached(plan)
+    _warn_of_twice([names[m][0] for m in again])
     _warn_without_noise(choice)  # some make it an error: nothing has changed yet
     # From here on the model changes.
     for module, producer in choice.noised.items():
@@ -472,6 +474,17 @@ def _warn_unreached(plan: ProducerPlan) -> None:
             "makes would get noise twice. Give batches that reach every layer, or name these in "
             "exclude=[...]. If what is around one reads its weight without calling it, it draws "
             "no noise: before=[...] noises the input of that",
+            DIPConversionWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_twice(layers: list[str]) -> None:
+    if layers:
+        warnings.warn(
+            f"convert: {len(layers)} layer(s) would get noise twice: {', '.join(layers)}. What "
+            "they read is the input of a module around them that before=[...] noises: name them in "
+            "exclude=[...]",
             DIPConversionWarning,
             stacklevel=3,
         )

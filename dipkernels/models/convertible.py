@@ -184,7 +184,7 @@ def cannot(names: Names, types: Types) -> dict[nn.Module, str]:
 
 
 def _blocks(module: nn.Module, types: Types) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or _looks_like_lora(module):
+    if isinstance(module, torch.jit.ScriptModule) or _looks_like_lora(module, types):
         return True
     if is_adapter(module):
         return counts_as(module) is not None or _adapter_reason(module) is not None
@@ -195,8 +195,12 @@ def _blocks(module: nn.Module, types: Types) -> bool:
     )
 
 
-def _looks_like_lora(module: nn.Module) -> bool:
-    return hasattr(module, "lora_A") and hasattr(module, "base_layer") and not is_adapter(module)
+def _looks_like_lora(module: nn.Module, types: Types) -> bool:
+    """Whether it is a layer and its adapter in one, by others than PEFT: litgpt, torchtune."""
+    named = hasattr(module, "lora_A") or hasattr(module, "lora_a")
+    return (
+        named and not is_adapter(module) and any(is_candidate(m, types) for m in module.modules())
+    )
 
 
 def _adapter_reason(module: nn.Module) -> str | None:
@@ -230,7 +234,7 @@ def _reason(module: nn.Module, types: Types) -> str | None:
         reason = _adapter_reason(module)
         if reason is not None or counts_as(module) not in types:
             return reason
-    if _looks_like_lora(module):
+    if _looks_like_lora(module, types):
         return (
             "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput "
             "before it"

@@ -248,35 +248,55 @@ def watch(
 
 
 def probed(
-    model: nn.Module, modules: dict[nn.Module, tuple[str, int]], batches: Iterable[Any] | None
-) -> dict[nn.Module, int]:
-    """The number of features of each module's input, from one pass in eval mode without noise.
+    model: nn.Module,
+    modules: dict[nn.Module, tuple[str, int]],
+    batches: Iterable[Any] | None,
+    layers: Iterable[nn.Module] = (),
+) -> tuple[dict[nn.Module, int], list[nn.Module]]:
+    """The number of features of each module's input, from one pass in eval mode without noise; and
+    of the layers those that read such an input as it came, inside the module.
 
     modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
     not reach, an input that is no floating tensor, has no such dimension, or has other features in
     another call.
     """
     if not modules:
-        return {}
+        return {}, []
     if batches is None:
         raise ValueError(
             "batches: expected a batch, from which before=[...] learns the number of features, got "
             "None"
         )
     found: dict[nn.Module, int] = {}
+    given: dict[nn.Module, Tensor] = {}
+    again: dict[nn.Module, None] = {}
+    parts = {module: set(module.modules()) for module in modules}
+    inside = [m for m in layers if m not in modules and any(m in part for part in parts.values())]
 
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name, dim = modules[module]
-        found[module] = _features(name, dim, input_of(module, args, kwargs), found.get(module))
+        x = input_of(module, args, kwargs)
+        if module in modules:
+            name, dim = modules[module]
+            found[module] = _features(name, dim, x, found.get(module))
+            given[module] = x
+        elif any(module in parts[whole] and _same(x, its) for whole, its in given.items()):
+            again[module] = None
 
     with untouched(model):
-        watch(model, modules, observe, listed(batches))
+        watch(model, [*modules, *inside], observe, listed(batches))
     unreached = [name for module, (name, _) in modules.items() if module not in found]
     if unreached:
         raise ValueError(
             f"before: expected modules that the batches reach, none reached {unreached}"
         )
-    return found
+    return found, list(again)
+
+
+def _same(x: object, y: Tensor) -> bool:
+    """Whether x is y, or a view of all of it."""
+    if not isinstance(x, Tensor) or x.numel() != y.numel():
+        return False
+    return (x if x._base is None else x._base) is (y if y._base is None else y._base)
 
 
 def _features(name: str, dim: int, x: object, before: int | None) -> int:
