@@ -18,7 +18,7 @@ ExpectationArgs start_expectation(
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Double, "v: expected float32 or float64");
   ExpectationArgs a{};
-  a.kind = activation_named(activation);
+  a.activation = activation_named(activation);
   a.features = v.size(0);
   a.rows = a.features ? mu.numel() / a.features : 0;
   a.v = v.const_data_ptr();

@@ -14,7 +14,7 @@ Tensor gate(
     std::optional<ScalarType> out_dtype) {
   GateArgs args{};
   args.draw = draw_of(a, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
-  args.kind = activation_named(activation);
+  args.activation = activation_named(activation);
   if (b) check_alike(*b, "b", a, "a");
   const Tensor u = empty_like(a, out_dtype.value_or(a.scalar_type()));
   in_one_layout(args, dim, {{&a, &args.a}, {b ? &*b : nullptr, &args.b}, {&u, &args.u, true}}, [&] {
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_bwd(
   GateArgs args{};
   args.draw =
       draw_of(a, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
-  args.kind = activation_named(activation);
+  args.activation = activation_named(activation);
   check_alike(du, "du", a, "a");
   if (b) check_alike(*b, "b", a, "a");
   Tensor dsigma = sigma ? empty_vector(*sigma, a.size(dim)) : empty_gradient(a);

@@ -70,7 +70,7 @@ const char* cuda_problem();
 // of du * z.
 struct GateArgs {
   int64_t outer, features, inner;  // layouts as PerturbArgs
-  int kind;                        // Activation of activation.h
+  int activation;                  // Activation of activation.h
   Draw draw;
   Operand a;
   Operand b;           // null: 1
@@ -103,8 +103,8 @@ const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for);
 // y = E[act(mu + sqrt(v) z)]. Every matrix is [rows, features], contiguous; v belongs to a column.
 struct ExpectationArgs {
   int64_t rows, features;
-  int kind;       // Activation of activation.h
-  const void* v;  // [features]
+  int activation;  // Activation of activation.h
+  const void* v;   // [features]
   bool v_is_double;
   Operand mu;
   Operand y;        // written where dv is null
@@ -130,25 +130,17 @@ struct VarianceArgs {
 
 const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for);
 
-// A tensor [samples, outer, inner]; inner elements lie side by side, the other strides are in
-// elements.
-struct Samples {
-  void* data = nullptr;  // null: absent
-  DType dtype = DType::kFloat32;
-  int64_t sample_stride = 0;
-  int64_t outer_stride = 0;
-};
-
 // total += sum over s of act(h_s); back: h_s = dy act'(h_s), total += their sum. Then out = factor
-// total, where it is wanted.
+// total, where it is wanted. Every operand is [outer, inner], inner elements side by side.
 struct SamplesArgs {
   int64_t outer, inner, samples;
-  int kind;  // Activation of activation.h, or kIdentity
+  int activation;  // Activation of activation.h, or kIdentity
   bool back;
-  Samples h;     // not float64; back: where dh is written
-  Operand dy;    // back: [outer, inner], inner elements side by side
-  float* total;  // [outer, inner], contiguous
-  Operand out;   // [outer, inner], inner elements side by side; null: not wanted
+  Operand h;              // the first sample's, not float64; back: where dh is written
+  int64_t sample_stride;  // from h of a sample to that of the next, in elements
+  Operand dy;             // back
+  float* total;           // [outer, inner], contiguous
+  Operand out;            // null: not wanted
   float factor;
 };
 

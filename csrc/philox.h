@@ -1,9 +1,9 @@
 // Philox4x32-10: the bits of the noise contract.  docs/maths.md, section 3.
 // Any edit here changes users' random numbers.
 //
-// One body for every backend, over a lane type V: `ScalarLane` below for a GPU thread or plain C++,
-// the vector types of cpu/simd.h. V::Wide holds one 64-bit product per lane; only the low 32 bits
-// of a counter word are ever read.
+// One body for every backend, over a lane type V: `ScalarLane` of noise.h for a GPU thread or plain
+// C++, the vector types of cpu/simd.h. V::Wide holds one 64-bit product per lane; only the low 32
+// bits of a counter word are ever read.
 #pragma once
 #include <cstdint>
 

@@ -63,15 +63,6 @@ void draw_samples(
   check_done(error);
 }
 
-// t as [samples, a, b], whatever its strides but the last.
-Samples samples_of(const Tensor& t, const char* name, int64_t a, int64_t b, DType dtype) {
-  STD_TORCH_CHECK(
-      t.dim() == 3 && t.size(1) == a && t.size(2) == b &&
-          (t.stride(2) == 1 || b <= 1 || t.numel() == 0),
-      name, ": expected shape (samples, ", a, ", ", b, ") and elements side by side");
-  return {const_cast<void*>(t.const_data_ptr()), dtype, t.stride(0), t.stride(1)};
-}
-
 Operand matrix_of(const Tensor& t, const char* name, int64_t a, int64_t b) {
   STD_TORCH_CHECK(
       t.dim() == 2 && t.size(0) == a && t.size(1) == b && (t.stride(1) == 1 || b <= 1), name,
@@ -91,9 +82,15 @@ SamplesArgs start_samples(
   SamplesArgs a{};
   a.outer = total.size(0);
   a.inner = total.size(1);
+  STD_TORCH_CHECK(
+      h.dim() == 3 && h.size(1) == a.outer && h.size(2) == a.inner &&
+          (h.stride(2) == 1 || a.inner <= 1 || h.numel() == 0),
+      "h: expected shape (samples, ", a.outer, ", ", a.inner, ") and elements side by side");
   a.samples = h.size(0);
-  a.kind = activation == "identity" ? kIdentity : activation_named(activation);
-  a.h = samples_of(h, "h", a.outer, a.inner, dtype_of(h.scalar_type(), "h"));
+  a.activation = activation == "identity" ? kIdentity : activation_named(activation);
+  a.h = operand_of(h);
+  a.h.outer_stride = h.stride(1);
+  a.sample_stride = h.stride(0);
   a.total = static_cast<float*>(total.mutable_data_ptr());
   a.factor = static_cast<float>(factor);
   if (out) a.out = matrix_of(*out, "out", a.outer, a.inner);

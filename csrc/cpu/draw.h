@@ -235,19 +235,22 @@ inline double sigma_at(const Draw& draw, int64_t j) {
   return draw.log_variance ? std::exp(0.5f * s) : s;
 }
 
-// What multiplies z.
-inline double scale_at(const Draw& draw, int64_t j) { return draw.factor * sigma_at(draw, j); }
-
-// Its derivative by what draw.sigma holds.
+// The derivative by what draw.sigma holds, factor and all.
 inline double slope_at(const Draw& draw, int64_t j) {
   return draw.log_variance ? draw.factor * 0.5 * sigma_at(draw, j) : draw.factor;
 }
 
-// to: [features + kTile], scale_at(j), continued periodically
+// to[j] = factor * sigma_at(j), what multiplies z. A loop for each type: of one with exp in it no
+// compiler makes vectors.
 template <class C>
 void scales(const Draw& draw, int64_t features, C* to) {
-  for (int64_t j = 0; j < features; ++j) to[j] = static_cast<C>(scale_at(draw, j));
-  for (int64_t j = 0; features && j < kTile; ++j) to[features + j] = to[j];
+  const auto fill = [&, factor = draw.factor](auto sigma) {
+    for (int64_t j = 0; j < features; ++j) to[j] = static_cast<C>(factor * sigma(j));
+  };
+  if (!draw.sigma || draw.log_variance) fill([&](int64_t j) { return sigma_at(draw, j); });
+  else if (draw.sigma_is_double)
+    fill([s = static_cast<const double*>(draw.sigma)](int64_t j) { return s[j]; });
+  else fill([s = static_cast<const float*>(draw.sigma)](int64_t j) { return double{s[j]}; });
 }
 
 }  // namespace

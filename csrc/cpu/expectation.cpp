@@ -2,7 +2,6 @@
 // v; and v.  docs/maths.md, section 7. Compiled once per instruction set; DIP_EXPECTATION and
 // DIP_VARIANCE name the entry points. Plain loops that compilers vectorise; no STL (draw.h).
 #include <cmath>
-#include <cstdlib>
 
 #include "../activation.h"
 #include "convert.h"
@@ -229,7 +228,8 @@ struct Pass {
     C* y = run_target<C>(args.y, at, target);
     forward_run<C, kTerms, m, kOdd>(p, tile(first), n, mu, y);
     for (int i = 0; any_plain && i < n; ++i)
-      if (variance_at(args, first + i) == 0) y[i] = static_cast<C>(plain(args.kind, mu[i]).value);
+      if (variance_at(args, first + i) == 0)
+        y[i] = static_cast<C>(plain(args.activation, mu[i]).value);
     store_run<C>(args.y, at, n, y);
   }
 
@@ -247,7 +247,7 @@ struct Pass {
     for (int i = 0; any_plain && i < n; ++i) {
       if (variance_at(args, first + i) != 0)
         continue;  // there the curvature is 0, so dv has nothing of it yet
-      const Plain f = plain(args.kind, mu[i]);
+      const Plain f = plain(args.activation, mu[i]);
       dmu[i] = dy[i] * static_cast<C>(f.slope);
       dv[i] += dy[i] * static_cast<C>(f.half_curvature);
     }
@@ -294,43 +294,38 @@ const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor pa
   using N = Numbers<m, kOdd>;
   const int64_t n = a.features, tiles = ceil_div(n, kColumns);
   const Blocks blocks(a.rows, kRows);
-  C* columns = static_cast<C*>(
-      std::malloc(sizeof(C) * static_cast<size_t>(tiles * kTerms * N::kAll * kStride + 1)));
-  double* partials = a.dv ? static_cast<double*>(std::calloc(
-                                static_cast<size_t>(2 * blocks.count * n + 1), sizeof(double)))
-                          : nullptr;
-  const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
-  if (!error) {
-    Pass<C, kTerms, m, kOdd> pass{a, columns, {}, false};
-    for (int t = 0; t < kTerms; ++t) {
-      pass.p[t] = static_cast<C>(mixture.p[t]);
-      const Series<m, kOdd> series(mixture.d[t]);
-      for (int64_t j = 0; j < n; ++j) {
-        const double v = variance_at(a, j);
-        pass.any_plain |= v == 0;
-        const Term<m, kOdd> term(mixture.c[t], mixture.p[t], series, v, a.kind == kReluActivation);
-        C* column = columns + (j / kColumns * kTerms + t) * N::kAll * kStride + j % kColumns;
-        const auto put = [&](int first, const double* from, int size) {
-          for (int i = 0; i < size; ++i) column[(first + i) * kStride] = static_cast<C>(from[i]);
-        };
-        put(0, &term.alpha, 1);
-        put(N::kValue, term.value, N::kValues);
-        put(N::kSlope, term.slope, N::kSlopes);
-        put(N::kCurvature, term.curvature, N::kCurvatures);
-      }
-    }
-    if (a.dv) {
-      pass.sum_rows(parallel_for, partials, blocks);
-      const auto one = [](int64_t) { return 1.0; };
-      sum_blocks(partials, blocks.count, n, a.v_is_double, a.dv, one);
-      sum_blocks(partials + blocks.count * n, blocks.count, n, a.v_is_double, a.sum, one);
-    } else {
-      pass.write_only(parallel_for);
+  const Memory<C> columns(tiles * kTerms * N::kAll * kStride);
+  const Memory<double> partials(a.dv ? 2 * blocks.count * n : 0, true);
+  if (columns.failed || partials.failed) return kOutOfMemory;
+  Pass<C, kTerms, m, kOdd> pass{a, columns.data, {}, false};
+  for (int t = 0; t < kTerms; ++t) {
+    pass.p[t] = static_cast<C>(mixture.p[t]);
+    const Series<m, kOdd> series(mixture.d[t]);
+    for (int64_t j = 0; j < n; ++j) {
+      const double v = variance_at(a, j);
+      pass.any_plain |= v == 0;
+      const Term<m, kOdd> term(
+          mixture.c[t], mixture.p[t], series, v, a.activation == kReluActivation);
+      C* column = columns.data + (j / kColumns * kTerms + t) * N::kAll * kStride + j % kColumns;
+      const auto put = [&](int first, const double* from, int size) {
+        for (int i = 0; i < size; ++i) column[(first + i) * kStride] = static_cast<C>(from[i]);
+      };
+      put(0, &term.alpha, 1);
+      put(N::kValue, term.value, N::kValues);
+      put(N::kSlope, term.slope, N::kSlopes);
+      put(N::kCurvature, term.curvature, N::kCurvatures);
     }
   }
-  std::free(columns);
-  std::free(partials);
-  return error;
+  if (!a.dv) {
+    pass.write_only(parallel_for);
+    return nullptr;
+  }
+  pass.sum_rows(parallel_for, partials.data, blocks);
+  const auto one = [](int64_t) { return 1.0; };
+  double* of_dmu = partials.data + blocks.count * n;
+  sum_blocks(partials.data, blocks.count, n, a.v_is_double, a.dv, one);
+  sum_blocks(of_dmu, blocks.count, n, a.v_is_double, a.sum, one);
+  return nullptr;
 }
 
 // ---- the variance of a pre-activation: v_n = sum over k of s_k^2 W_nk^2 -------------------------
@@ -404,37 +399,32 @@ template <class C>
 const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
   const int64_t k = a.features;
   const Blocks blocks(a.rows, kRows);
-  C* s2 = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + 1)));
-  double* partials = a.dv ? static_cast<double*>(std::calloc(
-                                static_cast<size_t>(blocks.count * k + 1), sizeof(double)))
-                          : nullptr;
-  const char* error = !s2 || (a.dv && !partials) ? "out of memory" : nullptr;
-  if (!error) {
-    const auto sigma = [&](int64_t j) {
-      return a.is_double ? static_cast<const double*>(a.sigma)[j]
-                         : static_cast<const float*>(a.sigma)[j];
-    };
-    const auto square = [&](int64_t j) {
-      return a.log_variance ? std::exp(sigma(j)) : sigma(j) * sigma(j);
-    };
-    for (int64_t j = 0; j < k; ++j) s2[j] = static_cast<C>(square(j));
-    if (a.dv) {
-      variance_slopes(a, s2, parallel_for, partials, blocks);
-      const auto slope = [&](int64_t j) { return a.log_variance ? square(j) : 2.0 * sigma(j); };
-      sum_blocks(partials, blocks.count, k, a.is_double, a.dsigma, slope);
-    } else {
-      variance_rows(a, s2, parallel_for);
-    }
+  const Memory<C> squares(k);
+  const Memory<double> partials(a.dv ? blocks.count * k : 0, true);
+  if (squares.failed || partials.failed) return kOutOfMemory;
+  C* s2 = squares.data;
+  const auto sigma = [&](int64_t j) {
+    return a.is_double ? static_cast<const double*>(a.sigma)[j]
+                       : static_cast<const float*>(a.sigma)[j];
+  };
+  const auto square = [&](int64_t j) {
+    return a.log_variance ? std::exp(sigma(j)) : sigma(j) * sigma(j);
+  };
+  for (int64_t j = 0; j < k; ++j) s2[j] = static_cast<C>(square(j));
+  if (!a.dv) {
+    variance_rows(a, s2, parallel_for);
+    return nullptr;
   }
-  std::free(s2);
-  std::free(partials);
-  return error;
+  variance_slopes(a, s2, parallel_for, partials.data, blocks);
+  const auto slope = [&](int64_t j) { return a.log_variance ? square(j) : 2.0 * sigma(j); };
+  sum_blocks(partials.data, blocks.count, k, a.is_double, a.dsigma, slope);
+  return nullptr;
 }
 
 template <class C, int tier>
 const char* choose_terms(const ExpectationArgs& a, ParallelFor parallel_for) {
   constexpr const Mixture &gelu_tanh = kGeluTanh[tier], &silu = kSilu[tier], &tanh = kTanh[tier];
-  switch (a.kind) {
+  switch (a.activation) {
     case kReluActivation:
     case kGeluActivation: return run<C, 1, 0, false>(a, kGelu[tier], parallel_for);
     case kGeluTanhActivation:

@@ -40,13 +40,11 @@ struct Functions {
   void (*forward)(int n, const C* a, const C* b, C* y);
   void (*backward)(int n, const C* a, const C* b, const C* du, C* da, C* db);
 
-  template <int kKind>
-  static Functions of_kind() {
-    return {forward_run<kKind, C>, backward_run<kKind, C>};
-  }
   static Functions of(int kind) {
     Functions found{nullptr, nullptr};
-    with_activation(kind, [&](auto known) { found = of_kind<known.kind>(); });
+    with_activation(kind, [&](auto known) {
+      found = {forward_run<known.kind, C>, backward_run<known.kind, C>};
+    });
     return found;
   }
 };
@@ -61,7 +59,7 @@ struct Job {
   Functions<C> functions;
   bool dense, in_registers, streams, draws;
 
-  explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.kind)) {
+  explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.activation)) {
     dense = is_dense(g, g.a) && is_dense(g, g.b) && is_dense(g, g.u) && is_dense(g, g.du) &&
             is_dense(g, g.da) && is_dense(g, g.db);
     draws = g.u.data || g.dsigma;

@@ -365,58 +365,40 @@ template <class C>
 const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor parallel_for) {
   const int64_t k = a.features;
   const Blocks blocks(a.rows, 64);
-  double* partials = static_cast<double*>(
-      std::calloc(static_cast<size_t>(larger(1, blocks.count) * 3 * k + 1), sizeof(double)));
-  if (!partials) return "out of memory";
-  bool failed = false;
-  run_parallel(
-      parallel_for, blocks.count, larger(1, kGrainTiles * kTile / larger(1, k * blocks.rows)),
-      [&](int64_t begin, int64_t end) {
-        C* sums = static_cast<C*>(std::calloc(static_cast<size_t>(3 * k + 1), sizeof(C)));
-        if (!sums) {
-          __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
-          return;
-        }
-        for (int64_t b = begin; b < end; ++b)
-          norm.walk(
-              b * blocks.rows, smaller(a.rows, (b + 1) * blocks.rows), sums, partials + 3 * b * k);
-        std::free(sums);
-      });
-  if (!failed) {
-    add_blocks(partials, blocks.count, 3 * k);
-    const auto one = [](int64_t) { return 1.0; };
-    put_columns(partials, k, a.dweight, one);
-    put_columns(partials + k, k, a.dbias, one);
-    put_columns(
-        partials + 2 * k, k,
-        {a.dsigma, a.draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
-        [&](int64_t j) { return slope_at(a.draw, j); });
-  }
-  std::free(partials);
-  return failed ? "out of memory" : nullptr;
+  const Memory<double> memory(larger(1, blocks.count) * 3 * k, true);
+  if (memory.failed) return kOutOfMemory;
+  double* partials = memory.data;
+  const int64_t grain = larger(1, kGrainTiles * kTile / larger(1, k * blocks.rows));
+  const char* error = for_blocks<C>(parallel_for, blocks, grain, 3 * k, [&](int64_t b, C* sums) {
+    norm.walk(b * blocks.rows, smaller(a.rows, (b + 1) * blocks.rows), sums, partials + 3 * b * k);
+  });
+  if (error) return error;
+  add_blocks(partials, blocks.count, 3 * k);
+  const auto one = [](int64_t) { return 1.0; };
+  put_columns(partials, k, a.dweight, one);
+  put_columns(partials + k, k, a.dbias, one);
+  put_columns(
+      partials + 2 * k, k,
+      {a.dsigma, a.draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
+      [&](int64_t j) { return slope_at(a.draw, j); });
+  return nullptr;
 }
 
 template <class C>
 const char* run_norm(const NormArgs& a, ParallelFor parallel_for) {
   const int64_t k = a.features;
-  C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(3 * k + kTile)));
-  if (!columns) return "out of memory";
-  C *scale = columns, *weight = columns + k, *bias = weight + k;
-  for (int64_t j = 0; j < k; ++j)
-    scale[j] = a.draw.sigma ? static_cast<C>(scale_at(a.draw, j)) : C(0);
+  const Memory<C> columns(3 * k);
+  if (columns.failed) return kOutOfMemory;
+  C *scale = columns.data, *weight = scale + k, *bias = weight + k;
+  scales(a.draw, k, scale);
   get_columns<C>(a.weight, k, static_cast<C>(a.offset), 1, weight);
   get_columns<C>(a.bias, k, 0, 0, bias);
-  const char* error = nullptr;
   const Norm<C> norm(a, scale, weight, bias);
-  if (!a.u.data) {
-    error = run_back<C>(a, norm, parallel_for);
-  } else {
-    run_parallel(
-        parallel_for, a.rows, larger(1, kGrainTiles * kTile / larger(1, k)),
-        [&](int64_t begin, int64_t end) { norm.walk(begin, end, nullptr, nullptr); });
-  }
-  std::free(columns);
-  return error;
+  if (!a.u.data) return run_back<C>(a, norm, parallel_for);
+  run_parallel(
+      parallel_for, a.rows, larger(1, kGrainTiles * kTile / larger(1, k)),
+      [&](int64_t begin, int64_t end) { norm.walk(begin, end, nullptr, nullptr); });
+  return nullptr;
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
-// Whole numbers, work for threads, and the second stage of sums over rows.  No STL (draw.h).
+// Whole numbers, memory, work for threads, and the two stages of sums over rows.  No STL (draw.h).
 #pragma once
+#include <cstdlib>
+
 #include "../launch.h"
 
 namespace dip {
@@ -8,6 +10,25 @@ namespace {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+constexpr const char* kOutOfMemory = "out of memory";
+
+// n numbers, until the end of the scope.
+template <class T>
+struct Memory {
+  T* data = nullptr;
+  bool failed;
+
+  explicit Memory(int64_t n, bool zeros = false) {
+    const size_t count = static_cast<size_t>(n);
+    if (n)
+      data =
+          static_cast<T*>(zeros ? std::calloc(count, sizeof(T)) : std::malloc(count * sizeof(T)));
+    failed = n && !data;
+  }
+  Memory(const Memory&) = delete;
+  ~Memory() { std::free(data); }
+};
 
 // f(begin, end) over parts of [0, total) of `grain`. Every thread takes the next part when it is
 // done with one: a thread that wakes late, or shares its core, keeps nobody waiting.
@@ -34,6 +55,22 @@ struct Blocks {
       : rows(larger(unit, ceil_div(ceil_div(all_rows, 32), unit) * unit)),
         count(ceil_div(all_rows, rows)) {}
 };
+
+// f(b, acc) for every block b. acc: n numbers of the thread's own, zeros, as which f leaves them.
+template <class C, class F>
+const char* for_blocks(
+    ParallelFor parallel_for, const Blocks& blocks, int64_t grain, int64_t n, F&& f) {
+  bool failed = false;
+  run_parallel(parallel_for, blocks.count, grain, [&](int64_t begin, int64_t end) {
+    const Memory<C> acc(n, true);
+    if (acc.failed) {
+      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
+      return;
+    }
+    for (int64_t b = begin; b < end; ++b) f(b, acc.data);
+  });
+  return failed ? kOutOfMemory : nullptr;
+}
 
 // Adds rows 1 .. blocks - 1 of partials [blocks, n] to row 0, in their order.
 inline void add_blocks(double* partials, int64_t blocks, int64_t n) {

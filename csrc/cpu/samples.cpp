@@ -13,16 +13,8 @@ struct Run {
   int64_t outer, inner;  // of its first one
   int n;
 
-  int64_t at(const Samples& t, int64_t sample) const {
-    return sample * t.sample_stride + outer * t.outer_stride + inner;
-  }
+  int64_t at(const Operand& o) const { return outer * o.outer_stride + inner; }
 };
-
-Operand values(const Samples& t) { return {t.data, t.dtype, 0, 1}; }
-
-const float* load(const Run& run, const Samples& t, int64_t sample, float* buffer) {
-  return load_run<float>(values(t), run.at(t, sample), run.n, buffer);
-}
 
 // Calls f with where a run at `offset` is computed, and stores it.
 template <class F>
@@ -35,7 +27,7 @@ void compute_run(const Operand& t, int64_t offset, int n, F&& f) {
 
 void write_out(const SamplesArgs& a, const Run& run, const float* __restrict total) {
   if (!a.out.data) return;
-  compute_run(a.out, run.outer * a.out.outer_stride + run.inner, run.n, [&](float* __restrict out) {
+  compute_run(a.out, run.at(a.out), run.n, [&](float* __restrict out) {
     for (int j = 0; j < run.n; ++j) out[j] = a.factor * total[j];
   });
 }
@@ -44,9 +36,10 @@ template <int kKind>
 void forward(const SamplesArgs& a, const Run& run) {
   alignas(64) float buffer[kRun];
   float* __restrict total = a.total + run.outer * a.inner + run.inner;
-  for (int64_t s = 0; s < a.samples; ++s) {
-    if (s + 1 < a.samples) prefetch_run<0>(values(a.h), run.at(a.h, s + 1), run.n);
-    const float* __restrict h = load(run, a.h, s, buffer);
+  int64_t at = run.at(a.h);
+  for (int64_t s = 0; s < a.samples; ++s, at += a.sample_stride) {
+    if (s + 1 < a.samples) prefetch_run<0>(a.h, at + a.sample_stride, run.n);
+    const float* __restrict h = load_run<float>(a.h, at, run.n, buffer);
     for (int j = 0; j < run.n; ++j) total[j] += act_value<kKind>(h[j]);
   }
   write_out(a, run, total);
@@ -56,14 +49,14 @@ template <int kKind>
 void back(const SamplesArgs& a, const Run& run) {
   alignas(64) float buffer[kRun], gradient[kRun], dh[kRun];
   float* __restrict total = a.total + run.outer * a.inner + run.inner;
-  const float* __restrict dy =
-      load_run<float>(a.dy, run.outer * a.dy.outer_stride + run.inner, run.n, gradient);
-  for (int64_t s = 0; s < a.samples; ++s) {
-    if (s + 1 < a.samples) prefetch_run<1>(values(a.h), run.at(a.h, s + 1), run.n);
-    const float* h = load(run, a.h, s, buffer);
+  const float* __restrict dy = load_run<float>(a.dy, run.at(a.dy), run.n, gradient);
+  int64_t at = run.at(a.h);
+  for (int64_t s = 0; s < a.samples; ++s, at += a.sample_stride) {
+    if (s + 1 < a.samples) prefetch_run<1>(a.h, at + a.sample_stride, run.n);
+    const float* h = load_run<float>(a.h, at, run.n, buffer);
     for (int j = 0; j < run.n; ++j) dh[j] = dy[j] * act<kKind>(h[j]).slope;
     for (int j = 0; j < run.n; ++j) total[j] += dh[j];
-    compute_run(values(a.h), run.at(a.h, s), run.n, [&](float* __restrict out) {
+    compute_run(a.h, at, run.n, [&](float* __restrict out) {
       for (int j = 0; j < run.n; ++j) out[j] = dh[j];
     });
   }
@@ -89,8 +82,8 @@ void sum(const SamplesArgs& a, ParallelFor parallel_for) {
 
 const char* DIP_SAMPLES(const SamplesArgs& a, ParallelFor parallel_for) {
   const auto of_kind = [&](auto known) { sum<known.kind>(a, parallel_for); };
-  if (a.kind == kIdentity) of_kind(Known<kIdentity>{});
-  else if (!with_activation(a.kind, of_kind)) return "activation: unknown";
+  if (a.activation == kIdentity) of_kind(Known<kIdentity>{});
+  else if (!with_activation(a.activation, of_kind)) return "activation: unknown";
   return nullptr;
 }
 

@@ -1,8 +1,6 @@
 // How passes with a draw walk through the layouts of docs/maths.md, section 6, and sum over rows,
 // section 5. A job says what is done with a run or a tile: perturb.cpp, gate.cpp. No STL (draw.h).
 #pragma once
-#include <cstdlib>
-
 #include "draw.h"
 
 namespace dip {
@@ -120,8 +118,6 @@ struct Rows {
             draw_polar<false>(counters, pass.generator, kTileGroups, &polar);
             job.tile(place, polar, scale, at);
           }
-        } else if (n == kTile) {
-          job.template run<false>(place, kTile, scale, at, z);
         } else {
           job.template run<false>(place, n, scale, at, z);
         }
@@ -303,22 +299,12 @@ const char* sum_rows(
     const Blocks& blocks) {
   const Rows<C, Job> rows(pass, job);
   const int64_t m = pass.space.outer, groups = rows.groups.count;
-  bool failed = false;
-  run_parallel(
-      parallel_for, blocks.count, larger(1, kGrainTiles * kTileGroups / (groups * blocks.rows)),
-      [&](int64_t begin, int64_t end) {
-        C* acc = static_cast<C*>(std::calloc(static_cast<size_t>(rows.k + kTile), sizeof(C)));
-        if (!acc) {
-          __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
-          return;
-        }
-        for (int64_t b = begin; b < end; ++b)
-          rows.walk(
-              b * blocks.rows * groups, smaller(m, (b + 1) * blocks.rows) * groups, acc,
-              partials + b * rows.k);
-        std::free(acc);
-      });
-  return failed ? "out of memory" : nullptr;
+  const int64_t grain = larger(1, kGrainTiles * kTileGroups / (groups * blocks.rows));
+  return for_blocks<C>(parallel_for, blocks, grain, rows.k + kTile, [&](int64_t b, C* acc) {
+    rows.walk(
+        b * blocks.rows * groups, smaller(m, (b + 1) * blocks.rows) * groups, acc,
+        partials + b * rows.k);
+  });
 }
 
 template <class C, class Job>
@@ -366,26 +352,22 @@ const char* walk(
     const Space& s, const Draw& draw, void* dsigma, const Job& job, ParallelFor parallel_for) {
   const int64_t k = s.features, m = s.outer * s.inner;
   const Blocks blocks(m, s.inner == 1 ? 64 : Channels<C, Job>::rows_of_tile(s, job));
-  C* scale = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + kTile)));
-  double* partials = dsigma ? static_cast<double*>(std::calloc(
-                                  static_cast<size_t>(larger(1, blocks.count * k)), sizeof(double)))
-                            : nullptr;
-  const char* error = !scale || (dsigma && !partials) ? "out of memory" : nullptr;
-  if (!error) {
-    scales(draw, k, scale);
-    const Pass<C> pass{s, draw, Generator(draw), scale};
-    if (m && k) {
-      if (!dsigma) write_only(pass, job, parallel_for);
-      else if (s.inner == 1) error = sum_rows(pass, job, parallel_for, partials, blocks);
-      else sum_channels(pass, job, parallel_for, partials, blocks);
-    }
-    if (dsigma && !error)
-      sum_blocks(partials, blocks.count, k, draw.sigma_is_double, dsigma, [&](int64_t j) {
-        return slope_at(draw, j);
-      });
+  const Memory<C> scale(k + kTile);
+  const Memory<double> partials(dsigma ? blocks.count * k : 0, true);
+  if (scale.failed || partials.failed) return kOutOfMemory;
+  scales(draw, k, scale.data);
+  for (int64_t j = 0; k && j < kTile; ++j) scale.data[k + j] = scale.data[j];
+  const Pass<C> pass{s, draw, Generator(draw), scale.data};
+  const char* error = nullptr;
+  if (m && k) {
+    if (!dsigma) write_only(pass, job, parallel_for);
+    else if (s.inner == 1) error = sum_rows(pass, job, parallel_for, partials.data, blocks);
+    else sum_channels(pass, job, parallel_for, partials.data, blocks);
   }
-  std::free(scale);
-  std::free(partials);
+  if (dsigma && !error)
+    sum_blocks(partials.data, blocks.count, k, draw.sigma_is_double, dsigma, [&](int64_t j) {
+      return slope_at(draw, j);
+    });
   return error;
 }
 

@@ -400,7 +400,8 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
       v.v = vector(rows, false), written.push_back(alive.back().get());
     }
   } else {
-    a.rows = rows, a.features = k, a.kind = static_cast<int>(dice.between(0, kNumActivations - 1)),
+    a.rows = rows, a.features = k,
+    a.activation = static_cast<int>(dice.between(0, kNumActivations - 1)),
     a.v_is_double = is_double;
     a.v = vector(k, true), a.mu = matrix(true);
     if (backward) {
@@ -467,7 +468,8 @@ static double act(int kind, double x, bool slope) {
 
 // A tensor [samples, a, b] with gaps, and which of its bytes a kernel may write.
 struct Cube {
-  Samples t;
+  Operand t;  // of the first sample
+  int64_t sample_stride;
   Buffer* buffer;
   int size;
   std::vector<char> touched;
@@ -476,18 +478,17 @@ struct Cube {
     const int64_t pad = dice.coin() ? 0 : dice.between(0, 5),
                   gap = dice.coin() ? 0 : dice.between(0, 7);
     t.dtype = type;
-    if (dice.coin()) t.outer_stride = b + pad, t.sample_stride = a * t.outer_stride + gap;
-    else t.sample_stride = b + pad, t.outer_stride = samples * t.sample_stride + gap;
+    if (dice.coin()) t.outer_stride = b + pad, sample_stride = a * t.outer_stride + gap;
+    else sample_stride = b + pad, t.outer_stride = samples * sample_stride + gap;
     const int64_t n = samples && a && b ? at(samples - 1, a - 1, b - 1) + 1 : 0;
     buffer = &allocate(static_cast<size_t>(n * size), dice);
     t.data = buffer->data;
     touched.assign(buffer->bytes, 0);
   }
   int64_t at(int64_t s, int64_t i, int64_t j) const {
-    return s * t.sample_stride + i * t.outer_stride + j;
+    return s * sample_stride + i * t.outer_stride + j;
   }
-  Operand values() const { return {t.data, t.dtype, 0, 1}; }
-  double number(int64_t s, int64_t i, int64_t j) const { return get(values(), at(s, i, j)); }
+  double number(int64_t s, int64_t i, int64_t j) const { return get(t, at(s, i, j)); }
   uint8_t& byte(int64_t s, int64_t i, int64_t j) const {
     return static_cast<uint8_t*>(t.data)[at(s, i, j)];
   }
@@ -509,24 +510,24 @@ static void samples_case(int64_t number, Dice& dice) {
   a.outer = dice.between(0, number % 16 == 7 ? 300 : 40),
   a.inner = dice.between(0, number % 32 == 15 ? 1100 : 70);
   a.samples = dice.between(backward, 9),
-  a.kind = static_cast<int>(dice.between(kIdentity, kNumActivations - 1));
+  a.activation = static_cast<int>(dice.between(kIdentity, kNumActivations - 1));
   a.factor = 0.25f;
   // x: what h holds before dh is written over it
   Cube h(type, size_of(type), a.samples, a.outer, a.inner, dice),
       x(type, size_of(type), a.samples, a.outer, a.inner, dice);
   Cube dy(type, size_of(type), 1, a.outer, a.inner, dice),
       out(out_type, size_of(out_type), 1, a.outer, a.inner, dice);
-  a.h = h.t;
-  if (with_out) a.out = {out.t.data, out_type, out.t.outer_stride, 1};
-  if (backward) a.back = true, a.dy = {dy.t.data, type, dy.t.outer_stride, 1};
+  a.h = h.t, a.sample_stride = h.sample_stride;
+  if (with_out) a.out = out.t;
+  if (backward) a.back = true, a.dy = dy.t;
   const Operand total{
       allocate(static_cast<size_t>(4 * a.outer * a.inner), dice).data, DType::kFloat32, 0, 1};
   a.total = static_cast<float*>(total.data);
   for (int64_t i = 0; i < a.outer; ++i)
     for (int64_t j = 0; j < a.inner; ++j) {
-      put(dy.values(), dy.at(0, i, j), dice.real());
+      put(dy.t, dy.at(0, i, j), dice.real());
       for (int64_t s = 0; s < a.samples; ++s)
-        put(x.values(), x.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
+        put(x.t, x.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
     }
   const double fine = 4e-6, rounding = type == DType::kBFloat16  ? 0.004
                                        : type == DType::kFloat16 ? 0.0005
@@ -537,7 +538,7 @@ static void samples_case(int64_t number, Dice& dice) {
     for (int64_t s = 0; s < a.samples; ++s)
       for (int64_t i = 0; i < a.outer; ++i)
         for (int64_t j = 0; j < a.inner; ++j) {
-          put(h.values(), h.at(s, i, j), x.number(s, i, j));
+          put(h.t, h.at(s, i, j), x.number(s, i, j));
           h.touch(s, i, j);
         }
     if (const char* error = samples_cpu(a, parallel_for)) die(number, error);
@@ -545,7 +546,7 @@ static void samples_case(int64_t number, Dice& dice) {
       for (int64_t j = 0; j < a.inner; ++j) {
         double sum = 1, size = 1;
         for (int64_t s = 0; s < a.samples; ++s) {
-          const double g = dy.number(0, i, j), f = act(a.kind, x.number(s, i, j), backward);
+          const double g = dy.number(0, i, j), f = act(a.activation, x.number(s, i, j), backward);
           const double want = backward ? g * f : f;
           size += 1 + std::fabs(g) + std::fabs(want), sum += want;
           if (!backward) continue;
@@ -648,7 +649,7 @@ static void producer_case(int64_t number, Dice& dice, bool fail) {
     }
   } else {
     g.outer = s.outer, g.features = s.features, g.inner = s.inner, g.draw = draw, g.dsigma = dsigma;
-    g.kind = static_cast<int>(dice.between(0, kNumActivations - 1));
+    g.activation = static_cast<int>(dice.between(0, kNumActivations - 1));
     g.a = tensor(type, true);
     const bool gated = dice.coin();
     if (gated) g.b = tensor(type, true);
