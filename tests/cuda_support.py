@@ -1,16 +1,13 @@
 """What the CUDA tests share: nvcc, the disassembler, and counting instructions in a kernel's inner
 loop."""
 
-import functools
-import importlib.util
-import os
 import re
-import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from program_support import find_tool, printed, ran
 from source_support import ROOT, module_at
 
 SOURCE = ROOT / "csrc" / "cuda" / "perturb.cu"
@@ -26,20 +23,6 @@ FLAGS = (
     "--expt-relaxed-constexpr",
 )
 gpu_expectation = module_at("benchmarks/gpu_expectation.py")
-
-
-@functools.cache
-def find_tool(name: str) -> str | None:
-    """nvcc, cuobjdump or nvdisasm: on PATH, in CUDA_HOME, or inside NVIDIA's packages (make nvcc)
-    or the triton package."""
-    if found := shutil.which(name):
-        return found
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    if nvidia := importlib.util.find_spec("nvidia"):
-        folders += [Path(folder) / "cu13" / "bin" for folder in nvidia.submodule_search_locations]
-    if triton := importlib.util.find_spec("triton"):
-        folders.append(Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "bin")
-    return next((str(folder / name) for folder in folders if (folder / name).exists()), None)
 
 
 @dataclass(frozen=True)
@@ -86,34 +69,22 @@ def counted(opcodes: list[str]) -> Counter:
 
 
 def compile_cubin(arch: int, cubin: Path) -> None:
-    command = [
-        find_tool("nvcc"),
-        *FLAGS,
-        "-cubin",
-        f"-arch=sm_{arch}",
-        str(SOURCE),
-        "-o",
-        str(cubin),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    options = "-cubin", f"-arch=sm_{arch}"
+    result = ran(find_tool("nvcc"), *FLAGS, *options, SOURCE, "-o", cubin)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
 
 
-def _run(*command, **options):
-    return subprocess.run(command, capture_output=True, text=True, check=True, **options)
-
-
 def read_kernels(cubin: Path) -> list[Kernel]:
-    usage = _run(find_tool("cuobjdump"), "-res-usage", cubin)
-    code = _run(find_tool("nvdisasm"), "-c", cubin).stdout
+    usage = printed(find_tool("cuobjdump"), "-res-usage", cubin, stderr=subprocess.STDOUT)
+    code = printed(find_tool("nvdisasm"), "-c", cubin)
     sections = dict(
         re.findall(
             r"^\s*\.section\s+\.text\.(\w+),.*?\n(.*?)(?=^\s*\.section|\Z)", code, re.M | re.S
         )
     )
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    names = _run("c++filt", input="\n".join(f[0] for f in found)).stdout
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
+    names = printed("c++filt", input="\n".join(f[0] for f in found))
     kernels = []
     for (mangled, registers, stack), name in zip(found, names.splitlines(), strict=True):
         name = (

@@ -4,11 +4,11 @@ this machine offers."""
 import functools
 import importlib.util
 import os
-import subprocess
 import sysconfig
 from pathlib import Path
 
 import pybind11
+from program_support import printed
 
 HERE = Path(__file__).parent
 FLAGS = {"portable": "", "native": "-march=native"}
@@ -26,7 +26,7 @@ def header_module(kind: str):
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         own = f"{out}.{os.getpid()}"  # another process may build too: the module appears whole
         command = [os.environ.get("CXX", "g++"), *flags, *includes, str(sources[0]), "-o", own]
-        subprocess.run(command, check=True)
+        printed(*command)
         os.replace(own, out)
     spec = importlib.util.spec_from_file_location(name, out)
     module = importlib.util.module_from_spec(spec)

@@ -4,10 +4,10 @@ stub runtime hands on."""
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
-from cuda_support import FLAGS, ROOT, SOURCE, find_tool
+from cuda_support import FLAGS, ROOT, SOURCE
+from program_support import find_tool, printed
 
 STUB = Path(__file__).resolve().parent / "ptx_cuda_runtime.cpp"
 _POINTERS = (
@@ -22,10 +22,7 @@ def _has_ubsan() -> bool:
     """Whether g++ brings the undefined-behaviour sanitizer; where it does not, its name comes back
     as it was"""
     name = "libubsan.so"
-    found = subprocess.run(
-        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout
-    return found.strip() != name
+    return printed("g++", f"-print-file-name={name}").strip() != name
 
 
 def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Path:
@@ -50,14 +47,13 @@ def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Pat
     else:
         sanitize = []
     target = f"-gencode=arch=compute_{arch},code=compute_{arch}"
-    run = lambda *command: subprocess.run([str(part) for part in command], check=True)  # noqa: E731
     objects = [folder / f"{source.stem}.o" for source in sources]
     for source, to in zip(sources, objects, strict=True):
-        run(nvcc, "-c", *flags, target, "--keep", "--keep-dir", folder, source, "-o", to)
+        printed(nvcc, "-c", *flags, target, "--keep", "--keep-dir", folder, source, "-o", to)
     include, stub = f"-I{ROOT / 'csrc'}", folder / "stub.o"
-    run("g++", "-std=c++17", "-O1", "-fPIC", "-c", include, STUB, "-o", stub)
+    printed("g++", "-std=c++17", "-O1", "-fPIC", "-c", include, STUB, "-o", stub)
     library = folder / f"{sources[-1].stem}.so"
     # Its own symbols first: a torch for CUDA has brought the real runtime's into the process.
     linked = ["-Wl,-z,defs", "-Wl,-Bsymbolic"]
-    run("g++", "-shared", *sanitize, *objects, stub, "-o", library, *linked)
+    printed("g++", "-shared", *sanitize, *objects, stub, "-o", library, *linked)
     return library

@@ -1,17 +1,9 @@
-"""The root of the checkout; modules that no installed package holds, and programs, by their
-files."""
+"""The root of the checkout; modules that no installed package holds, by their files."""
 
 import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def program_at(path, text):
-    """A shell script in a file that may be run, in another program's place."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def module_at(path):

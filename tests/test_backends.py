@@ -2,10 +2,7 @@
 
 import functools
 import importlib.metadata
-import os
 import re
-import shutil
-import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -13,7 +10,8 @@ from types import SimpleNamespace
 import fresh_support
 import pytest
 import torch
-from source_support import ROOT, program_at
+from program_support import needs, printed, program_at
+from source_support import ROOT
 
 from dipkernels import backend, backends, env_report, functional
 from dipkernels.backends import Library, Plan, choose
@@ -202,20 +200,17 @@ def dispatch(tmp_path_factory):
     for name, flags in (("x86", ["-DDIP_HAS_X86", PROCESSOR]), ("other", [])):
         command = ["g++", "-std=c++17", "-w", f"-I{CSRC}", *flags, str(folder / "main.cpp")]
         command += [str(CSRC / "cpu" / "dispatch.cpp"), "-o", str(folder / name)]
-        subprocess.run(command, check=True)
+        printed(*command)
 
     def run(program, features, wanted, *numbers):
         listed = "".join(f"<{name}>" for name in features)
-        variables = {**os.environ, "DIPKERNELS_CPU_CAPABILITY": wanted, "FEATURES": listed}
-        command = [folder / program, *map(str, numbers)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        variables = {"DIPKERNELS_CPU_CAPABILITY": wanted, "FEATURES": listed}
+        return printed(folder / program, *map(str, numbers), env=variables).splitlines()
 
     return run
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@needs("g++")
 class TestDispatch:
     """Which CPU kernels run, on processors other than this one too."""
 

@@ -3,10 +3,8 @@ judged."""
 
 import contextlib
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
 import time
 import types
@@ -26,6 +24,7 @@ import report
 import summary
 import timing
 import torch
+from program_support import PYTHON, printed
 from source_support import ROOT
 
 import dipkernels as dip
@@ -59,12 +58,7 @@ def test_every_benchmark_runs(some, tmp_path):
     out = tmp_path / "bench.json"
     options = ["-q", "--quick", "--threads=1", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
     # pytest-benchmark stores nothing inside a worker of pytest-xdist.
-    alone = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
-    }
-    command = [sys.executable, "-m", "pytest", "benchmarks", *options, *some]
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    printed(PYTHON, "-m", "pytest", "benchmarks", *options, *some, without="PYTEST_XDIST")
     stored = json.loads(out.read_text())
     groups = {bench["group"].split(",")[0] for bench in stored["benchmarks"]}
     wanted = "noise, perturb, perturb backward, layer forward, layer training step, "
@@ -211,12 +205,9 @@ def test_memory_stays_in_place(tmp_path):
     )
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("not glibc's allocator")
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    run = lambda env: subprocess.run(  # noqa: E731
-        [sys.executable, script, "argument"], capture_output=True, text=True, check=True, env=env
-    ).stdout.split()
-    assert run(environment) == ["argument", "1", "0"]
-    assert int(run(environment | {"GLIBC_TUNABLES": ""})[2]) > 0
+    command = PYTHON, script, "argument"
+    assert printed(*command, without="GLIBC_TUNABLES").split() == ["argument", "1", "0"]
+    assert int(printed(*command, env={"GLIBC_TUNABLES": ""}).split()[2]) > 0
 
 
 def test_a_call_within_a_context_is_timed_inside_it_and_enters_it_once():

@@ -1,25 +1,20 @@
 """The build: what it says, what it honours, and that a machine without a compiler still gets a
 package that works."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from source_support import ROOT, program_at
+from program_support import PYTHON, printed, program_at, ran
+from source_support import ROOT
 
 NO_COMPILER = {"PATH": "", "CXX": "", "NVCC": "", "DIPKERNELS_CPU": "", "DIPKERNELS_CUDA": ""}
 
 
 def python(*arguments, cwd=ROOT, **environment):
     """(exit status, all that it printed)"""
-    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200
-    )
+    done = ran(PYTHON, *arguments, cwd=cwd, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -118,11 +113,10 @@ def test_build_under_an_old_version_says_so(tmp_path, module, version, expected)
 
 def test_the_sdist_is_the_whole_source(tmp_path):
     """So that every target of its Makefile runs, and its tests."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    listed = ran("git", "ls-files")
     if listed.returncode:
         pytest.skip("no git checkout here to compare with")
-    command = [sys.executable, "tools/release/wheel.py", "--sdist-only", "--out", tmp_path]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    printed(PYTHON, "tools/release/wheel.py", "--sdist-only", "--out", tmp_path)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}

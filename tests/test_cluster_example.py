@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from program_support import PYTHON, printed, ran
 from source_support import ROOT
 
 pytest.importorskip("sklearn")
@@ -111,9 +112,7 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
                 not (out / "latest").exists() and time.time() < deadline and process.poll() is None
             ):
                 time.sleep(0.05)
-            workers = subprocess.run(
-                ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-            ).stdout.split()
+            workers = ran("pgrep", "-P", str(process.pid)).stdout.split()
             os.kill(int(workers[-1]), signal.SIGKILL)
         text, _ = process.communicate(timeout=500)
         assert process.returncode == 0, text
@@ -128,25 +127,7 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
 @pytest.mark.slow
 def test_the_example_runs_without_torchrun(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(configuration() | {"steps": 4}))
-    command = [
-        sys.executable,
-        str(ROOT / "examples/cluster/train.py"),
-        str(tmp_path / "config.json"),
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=without_ranks(),
-    )
-    assert done.returncode == 0, done.stderr
+    command = [PYTHON, "examples/cluster/train.py", tmp_path / "config.json"]
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    printed(*command, "--out", tmp_path / "out", without=ranks)
     assert (tmp_path / "out/final.pt").exists()
-
-
-def without_ranks():
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }

@@ -4,13 +4,13 @@ import copy
 import dataclasses
 import json
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from plain_support import assert_plain
+from program_support import PYTHON, printed
 from source_support import ROOT
 from torch import nn
 
@@ -317,9 +317,7 @@ def test_a_saved_folder_loads_in_a_fresh_process_and_predicts_the_same(tmp_path)
     with safetensors.safe_open(tmp_path / VARIANCES_FILE, "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers reads no file without
     torch.save(dip.to_plain(copy.deepcopy(model)).state_dict(), tmp_path / "plain.pt")
-    subprocess.run(
-        [sys.executable, "-c", PREDICT, str(ROOT / "tests"), str(tmp_path)], check=True, cwd=ROOT
-    )
+    printed(PYTHON, "-c", PREDICT, ROOT / "tests", tmp_path)
     assert torch.equal(torch.load(tmp_path / "predicted.pt"), want)
     loaded = dip.load(net(), tmp_path)
     assert dip.config_of(loaded) == dip.config_of(model)

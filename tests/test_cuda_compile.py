@@ -2,18 +2,14 @@
 its issue slots."""
 
 import re
-import subprocess
-import sys
 
 import cuda_support
 import pytest
 import torch
+from program_support import PYTHON, find_tool, needs, printed
 
-pytestmark = pytest.mark.skipif(cuda_support.find_tool("nvcc") is None, reason="needs nvcc")
-needs_disassembler = pytest.mark.skipif(
-    cuda_support.find_tool("nvdisasm") is None or cuda_support.find_tool("cuobjdump") is None,
-    reason="needs cuobjdump and nvdisasm, from the CUDA toolkit or the triton package",
-)
+pytestmark = needs("nvcc")
+needs_disassembler = needs("cuobjdump", "nvdisasm")  # of the CUDA toolkit or the triton package
 NARROW = "Exactly<BFloat16, BFloat16, BFloat16, 8>"
 
 
@@ -90,25 +86,15 @@ def test_cuda_library_loads_on_any_torch(tmp_path):
         f"-gencode=arch=compute_{cuda_support.ARCHS[-1]},code=compute_{cuda_support.ARCHS[-1]}"
     )
     library = tmp_path / "libperturb.so"
-    nvcc = [
-        cuda_support.find_tool("nvcc"),
-        *cuda_support.FLAGS,
-        *gencode,
-        "-shared",
-        "-cudart",
-        "static",
-        "-Xlinker",
-        "-z,defs",
-    ]
+    shared = ["-shared", "-cudart", "static", "-Xlinker", "-z,defs"]
+    nvcc = [find_tool("nvcc"), *cuda_support.FLAGS, *gencode, *shared]
     glue = tmp_path / "glue.cu"
     glue.write_text(
         f'#include "{cuda_support.SOURCE}"\nextern "C" __attribute__((visibility("default"))) '
         "const char* problem() { return dip::cuda_problem(); }\n"
     )
-    subprocess.run([*nvcc, str(glue), "-o", str(library)], check=True)
+    printed(*nvcc, glue, "-o", library)
     code = f"import torch, ctypes; f = ctypes.CDLL({str(library)!r}).problem; f.restype = ctypes.c_char_p; print(f())"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
+    answer = printed(PYTHON, "-c", code)
     assert torch.cuda.is_available() or "driver" in answer
     assert library.stat().st_size < 64 * 2**20

@@ -2,18 +2,15 @@
 notes in place of the kernels, of torch's streams and of its device guard; no GPU, no nvcc."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from program_support import PYTHON, needs, printed
 from source_support import ROOT
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    needs("g++"),
     pytest.mark.skipif(
         torch.version.cuda is not None, reason="this torch has streams of its own: tests/gpu"
     ),
@@ -110,15 +107,8 @@ def said(tmp_path_factory):
     installed = Path(torch.__file__).parent
     command += [f"-I{installed / 'include'}", str(folder / "stand_ins.cpp")]
     command += [str(ROOT / "csrc" / "perturb_op.cpp"), f"-L{installed / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([*command, "-ldl", "-o", str(library)], check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", CALLS, str(library)],
-        env={**os.environ, "TRITON_INTERPRET": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    printed(*command, "-ldl", "-o", library)
+    return json.loads(printed(PYTHON, "-c", CALLS, library, env={"TRITON_INTERPRET": ""}))
 
 
 def test_every_operation_reaches_the_cuda_kernels(said):

@@ -3,12 +3,12 @@
 import os
 import re
 import runpy
-import subprocess
 import sys
 
 import fresh_support
 import pytest
 import torch
+from program_support import PYTHON, ran
 from source_support import ROOT
 
 from dipkernels import backends
@@ -130,9 +130,7 @@ def test_python_m_reports_a_broken_set_up(variable, value, says, tmp_path, monke
         (tmp_path / "triton").mkdir()
         (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
         value = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, variable: value}
-        command = [sys.executable, "-m", "dipkernels"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = ran(PYTHON, "-m", "dipkernels", env={variable: value})
         status, output = done.returncode, done.stdout + done.stderr
     assert status == 0, output
     assert says in output and "environment" in output

@@ -3,13 +3,12 @@ share work."""
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from program_support import PYTHON, printed
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -312,10 +311,10 @@ def test_two_workers_under_torchrun_train_and_resume(cifar, gsm8k, tmp_path, rec
     small = cifar_flags(cifar, tmp_path, 2), gsm8k_flags(gsm8k, tmp_path)
     flags = small[recipe == "gsm8k"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, str(EXAMPLES / f"recipe_{recipe}.py"), *flags]
+    command = [PYTHON, *launcher, EXAMPLES / f"recipe_{recipe}.py", *flags]
     last = 6 if recipe == "cifar100" else 2
     for more, step in ((["--stop-after", "1"], 1), (["--resume"], last)):
-        subprocess.run([*command, *more], check=True, timeout=500)
+        printed(*command, *more, timeout=500)
         assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["workers"] == 2

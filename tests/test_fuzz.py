@@ -6,11 +6,9 @@ the end of the tests.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
-from source_support import ROOT
+from program_support import PYTHON, ran
 
 OPS = """
 import random, sys, torch
@@ -112,12 +110,11 @@ print(f"ran {ran} refused {refused} {sorted(reasons)}")
     ("first", "number"), [(0, 2000), pytest.param(10_000, 40_000, marks=pytest.mark.slow)]
 )
 def test_operations_take_any_arguments_without_a_crash(first, number):
-    command = [sys.executable, "-c", OPS, str(first), str(number)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = ran(PYTHON, "-c", OPS, str(first), str(number))
     last = done.stdout.strip().splitlines()[-1:]
     assert done.returncode == 0, f"after {last}: status {done.returncode}\n{done.stderr[-3000:]}"
-    ran, refused = (int(n) for n in last[0].split()[1:4:2])
-    assert ran + refused == number and ran > number // 20 and refused > number // 4, last
+    went, refused = (int(n) for n in last[0].split()[1:4:2])
+    assert went + refused == number and went > number // 20 and refused > number // 4, last
 
 
 # Each value in a fork that imports the package anew; torch is imported once.
@@ -166,11 +163,10 @@ KNOWN = {
 )
 def test_environment_variables_take_any_bytes(number, share):
     """A known value runs, any other is refused with the variable's name; nothing crashes."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPKERNELS")}
-    command = [sys.executable, "-c", ENVIRONMENT, str(number), share]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
+    command = [PYTHON, "-c", ENVIRONMENT, str(number), share]
+    done = ran(*command, without="DIPKERNELS", errors="replace")
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.rsplit(" ", 1) for line in done.stdout.decode().splitlines()]
+    lines = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
     assert len(lines) == (2 if share == "all" else 1) * (23 + number) + 3
     for what, status in lines:
         name, value = what.split(" ", 1)
@@ -180,4 +176,4 @@ def test_environment_variables_take_any_bytes(number, share):
         elif value in KNOWN[name]:
             assert status in ("0", "1"), what  # 1: a machine without AVX2, or no compiled library
         else:
-            assert status == "1", f"{what}: {status}, {done.stderr.decode()[-500:]}"
+            assert status == "1", f"{what}: {status}, {done.stderr[-500:]}"

@@ -17,7 +17,8 @@ import cuda_support
 import gpu_check_support as support
 import pytest
 import torch
-from source_support import ROOT, program_at
+from program_support import PYTHON, printed, program_at, ran
+from source_support import ROOT
 
 PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
 
@@ -71,17 +72,13 @@ def run(record, *names, limit_s=30.0, within_s=60.0):
     return json.loads(record.path.read_text())["sections"]
 
 
-def said(*command):
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def alive(mark: str) -> list[str]:
-    return [line for line in said("ps", "-eo", "args").stdout.splitlines() if mark in line]
+    return [line for line in printed("ps", "-eo", "args").splitlines() if mark in line]
 
 
 def children_of(pid: int) -> set[int]:
     """All that it has started, and what those have."""
-    lines = said("ps", "-eo", "pid=,ppid=").stdout.splitlines()
+    lines = printed("ps", "-eo", "pid=,ppid=").splitlines()
     parents = {int(child): int(parent) for child, parent in map(str.split, lines)}
     found = {child for child, parent in parents.items() if parent == pid}
     return found.union(*(children_of(child) for child in found))
@@ -284,10 +281,8 @@ def test_sigterm_ends_the_section_too(tmp_path):
 
 
 def rehearse(out, *options):
-    command = [sys.executable, str(PROGRAM), "--dry-run", "--out", str(out), *options]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command = [PYTHON, PROGRAM, "--dry-run", "--out", out, *options]
+    done = ran(*command, env={"OMP_NUM_THREADS": "1"})
     (path,) = out.glob("*.json")
     return done, json.loads(path.read_text()), path
 
@@ -385,14 +380,14 @@ def test_no_stored_result_is_a_rehearsal():
 
 @pytest.mark.parametrize("arguments", [["--only", "copy,nothing"], ["--skip", "nothing"]])
 def test_an_unknown_section_is_refused(arguments):
-    done = said(sys.executable, PROGRAM, "--dry-run", *arguments)
+    done = ran(PYTHON, PROGRAM, "--dry-run", *arguments)
     assert done.returncode == 2 and "expected names out of build, tests" in done.stderr
     assert "got nothing" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = said(sys.executable, PROGRAM, "--out", tmp_path)
+    done = ran(PYTHON, PROGRAM, "--out", tmp_path)
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
@@ -412,10 +407,7 @@ def test_a_section_needs_no_package_but_those_that_the_page_names():
     ]
     code = f"import importlib, sys\nfor name in {others}: sys.modules[name] = None\n"
     code += f"for target in {targets}: importlib.import_module(target)\n"
-    paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
-    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    printed(PYTHON, "-c", code, env={"PYTHONPATH": f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}"})
 
 
 # ---- what the sections prove ---------------------------------------------------------------------
@@ -437,14 +429,8 @@ def test_a_machine_whose_nvidia_smi_fails_is_checked_all_the_same(monkeypatch, t
 def test_the_gpu_tests_are_found_where_the_user_has_no_name():
     """As in a container that runs under a number."""
     code = "import pwd, sys, pytest; pwd.getpwuid = {}.__getitem__; sys.exit(pytest.main(sys.argv[1:]))"
-    named = {"LOGNAME", "USER", "LNAME", "USERNAME"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--collect-only", "-q", "tests/gpu/test_gpu_noise.py"],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in named},
-        capture_output=True,
-        text=True,
-    )
+    command = [PYTHON, "-c", code, "--collect-only", "-q", "tests/gpu/test_gpu_noise.py"]
+    done = ran(*command, without=("LOGNAME", "USER", "LNAME"))
     assert "test_words_match_known_answers" in done.stdout, done.stdout + done.stderr
 
 

@@ -2,21 +2,20 @@
 pattern.  docs/reliability.md."""
 
 import mmap
-import shutil
-import subprocess
 import sys
 
 import pytest
 import sanitize
 import torch
-from source_support import ROOT, program_at
+from program_support import PYTHON, needs, printed, program_at, ran
+from source_support import ROOT
 
 from dipkernels.backends import library
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import perturb_replay
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+needs_compiler = needs("g++")
 
 
 @pytest.fixture(scope="session")
@@ -116,13 +115,8 @@ print("inside")
     "portable" not in library().cpu_capabilities, reason="needs the compiled library"
 )
 def test_operations_read_nothing_outside_their_tensors():
-    inside = subprocess.run(
-        [sys.executable, "-c", EDGES, "inside"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert inside.returncode == 0 and inside.stdout == "inside\n", inside.stderr[-3000:]
-    outside = subprocess.run(
-        [sys.executable, "-c", EDGES, "overrun"], capture_output=True, cwd=ROOT
-    )
+    assert printed(PYTHON, "-c", EDGES, "inside") == "inside\n"
+    outside = ran(PYTHON, "-c", EDGES, "overrun")
     assert outside.returncode < 0, "the guard page does not guard"
 
 

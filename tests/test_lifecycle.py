@@ -3,8 +3,6 @@ nothing kept.  docs/reliability.md."""
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import fresh_support
 import pytest
 import torch
 from lifecycle_support import Noised, network, one_step
-from source_support import ROOT
+from program_support import PYTHON, ran
 
 import dipkernels as dip
 from dipkernels import functional
@@ -171,9 +169,7 @@ print("end")
 
 
 def run(script, **environment):
-    options = {"cwd": ROOT, "env": {**os.environ, **environment}, "timeout": 900}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    return ran(PYTHON, "-c", script, env=environment)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -2,7 +2,6 @@
 docs/maths.md, section 3."""
 
 import hashlib
-import shutil
 import subprocess
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from capability_support import assert_same_everywhere
 from header_support import header_module, read_vectors
+from program_support import needs, printed
 from source_support import ROOT
 
 from dipkernels import backend, functional, reference
@@ -269,13 +269,13 @@ def test_noise_is_standard_normal():
     check_law(2048, 512)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@needs("g++")
 def test_the_battery_reads_the_words_of_the_contract(tmp_path):
     """tools/verify/battery_words.cpp: of one draw, or word by word of eight that differ in one
     number."""
     source = ROOT / "tools" / "verify" / "battery_words.cpp"
     program = tmp_path / "words"
-    subprocess.run(["g++", "-std=c++17", "-O1", source, "-o", program], check=True)
+    printed("g++", "-std=c++17", "-O1", source, "-o", program)
     rows, groups = torch.arange(2), torch.arange(128)
     for stream, change in {
         "layer": lambda i: (SEED, rows, 0),

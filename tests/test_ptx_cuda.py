@@ -7,12 +7,12 @@ approximate instruction returns is as far off as the PTX manual allows.
 
 import functools
 import random
-import shutil
 
 import ptx
 import pytest
 import torch
-from cuda_support import check_last_rows, find_tool
+from cuda_support import check_last_rows
+from program_support import needs
 from ptx_cuda_host import build
 from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs
 from source_support import module_at
@@ -22,10 +22,7 @@ from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import noise, perturb
 
 reference = module_at("dipkernels/reference.py")
-missing = next(
-    (name for name in ("nvcc", "g++") if not (find_tool(name) or shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(missing is not None, reason=f"needs {missing}")
+pytestmark = needs("nvcc", "g++")
 
 
 def slow(*values):

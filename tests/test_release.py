@@ -3,14 +3,12 @@ documents whose code runs, types."""
 
 import contextlib
 import io
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
+from program_support import PYTHON, printed, ran
 from source_support import ROOT, module_at
 
 import dipkernels as dip
@@ -140,9 +138,9 @@ def test_make_clean_has_the_next_make_build_again(tmp_path):
     for name in ("torch", "deps", "built"):
         (tmp_path / "v" / f".{name}").touch()
     make = ["make", "-f", ROOT / "Makefile", "VENV=v", "-s"]
-    assert subprocess.run([*make, "-q", "setup"], cwd=tmp_path).returncode == 0
-    subprocess.run([*make, "clean"], cwd=tmp_path, check=True)
-    assert subprocess.run([*make, "-q", "setup"], cwd=tmp_path).returncode == 1
+    assert ran(*make, "-q", "setup", cwd=tmp_path).returncode == 0
+    printed(*make, "clean", cwd=tmp_path)
+    assert ran(*make, "-q", "setup", cwd=tmp_path).returncode == 1
 
 
 # ---- documents -----------------------------------------------------------------------------------
@@ -190,13 +188,8 @@ def test_lists_of_a_page_follow_an_empty_line(page):
 @pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},  # as `make docs`: it is about mkdocs itself
-        capture_output=True,
-        text=True,
-    )
+    command = [PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = ran(*command, env={"NO_MKDOCS_2_WARNING": "1"})  # as `make docs`: of mkdocs itself
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     assert "init_variance" in (tmp_path / "api" / "index.html").read_text()
     for page in tmp_path.rglob("index.html"):
@@ -221,10 +214,7 @@ def test_types_hold_here_and_for_strict_users():
     if shutil.which("mypy") is None:
         pytest.importorskip("mypy")
     for arguments in ([], ["--strict", "--follow-imports=silent", "tests/typing_use.py"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "mypy", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout
+        printed(PYTHON, "-m", "mypy", *arguments)
 
 
 def test_a_cell_that_holds_a_sentence_is_marked_for_the_phone():

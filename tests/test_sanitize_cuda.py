@@ -1,21 +1,12 @@
 """tools/verify/sanitize_cuda.cu as nvcc compiles it, on tests/ptx: it reaches every kernel, and
 finds what is planted. On a GPU: gpu_check.py."""
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-import cuda_support
 import pytest
+from program_support import PYTHON, find_tool, needs, printed, ran
 from ptx_cuda_host import build
 from ptx_cuda_program import ERROR_CODE, PROGRAM, SOURCES
 
-missing = next(
-    (name for name in ("nvcc", "g++") if not (cuda_support.find_tool(name) or shutil.which(name))),
-    None,
-)
-pytestmark = pytest.mark.skipif(missing is not None, reason=f"needs {missing}")
+pytestmark = needs("nvcc", "g++")
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +17,7 @@ def program(tmp_path_factory):
 
 
 def run(program, *arguments):
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("ptx_cuda_program.py")),
-        str(program),
-        *arguments,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = ran(PYTHON, "tests/ptx_cuda_program.py", program, *arguments)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -75,18 +60,5 @@ def test_wrong_arguments_are_refused(program, arguments):
 
 
 def test_the_program_compiles_for_a_gpu(tmp_path):  # by default too: a GPU's time is short
-    command = [
-        cuda_support.find_tool("nvcc"),
-        "-std=c++17",
-        "-arch=sm_90",
-        "-Werror",
-        "all-warnings",
-        "-Xcompiler",
-        "-Wall",
-    ]
-    done = subprocess.run(
-        [*command, "-c", str(PROGRAM), "-o", str(tmp_path / "out.o")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-Xcompiler", "-Wall"]
+    printed(find_tool("nvcc"), *options, "-c", PROGRAM, "-o", tmp_path / "out.o")

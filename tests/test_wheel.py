@@ -5,11 +5,9 @@ import ast
 import ctypes
 import importlib
 import json
-import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -18,7 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from source_support import ROOT, program_at
+from program_support import PYTHON, printed, program_at, ran
+from source_support import ROOT
 
 from dipkernels import backends
 from dipkernels.backends import Library
@@ -54,9 +53,7 @@ def test_library_asks_torch_for_functions_that_it_has():
 def compiled(folder, source, *flags):
     (folder / "some.c").write_text(source)
     library = folder / "some.so"
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", folder / "some.c", "-o", library, *flags], check=True
-    )
+    printed("gcc", "-shared", "-fPIC", folder / "some.c", "-o", library, *flags)
     return library
 
 
@@ -118,11 +115,9 @@ print(json.dumps({"new": new, "cuda": cuda, "files": [f for _, _, files in os.wa
 
 
 def test_import_is_light_touches_no_gpu_and_writes_nothing(tmp_path):
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
     environment |= dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
-    command, options = [sys.executable, "-c", IMPORT], {"capture_output": True, "text": True}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, **options)
-    found = json.loads(done.stdout)
+    found = json.loads(printed(PYTHON, "-c", IMPORT, cwd=tmp_path, env=environment))
     # Each of these takes 0.1 to 4 s; the package's own modules together tens of milliseconds
     # (tools/release/smoke.py measures it).
     heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch._export")
@@ -331,39 +326,26 @@ def test_a_torch_that_cannot_say_is_left_alone(old_gpu):
 
 
 def build(out, *arguments):
-    command = [sys.executable, ROOT / "tools" / "release" / "wheel.py", "--out", out, *arguments]
-    done = subprocess.run(
-        command, cwd=out, capture_output=True, text=True, timeout=1800, umask=0o077
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [PYTHON, ROOT / "tools" / "release" / "wheel.py", "--out", out, *arguments]
+    printed(*command, cwd=out, umask=0o077)
     return next(out.glob("*.whl"))
 
 
 def smoke(wheel, folder, expect):
     """The smoke test on the wheel alone, in a folder of its own."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel],
-        check=True,
-    )
+    printed(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel)
     code = (ROOT / "tools" / "release" / "smoke.py").read_text()
     (folder.parent / "smoke.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, folder.parent / "smoke.py", "--expect", expect],
-        cwd=folder.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert str(folder) in done.stdout
+    command = [PYTHON, folder.parent / "smoke.py", "--expect", expect]
+    said = printed(*command, cwd=folder.parent, env={"PYTHONPATH": str(folder)})
+    assert str(folder) in said
 
 
 def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_path, monkeypatch):
     """And nvcc is found where the build finds it: in CUDA_HOME too."""
     (tmp_path / "bin").mkdir()
     program_at(tmp_path / "bin" / "nvcc", "echo Cuda release 13.0, V13.0.88")
-    command = [sys.executable, ROOT / "tools" / "release" / "wheel.py", "--toolkit", "12.8"]
+    command = [PYTHON, "tools/release/wheel.py", "--toolkit", "12.8", "--out", tmp_path]
     monkeypatch.setenv("NVCC", "")
     monkeypatch.setenv("PATH", "")
     for home, said in (
@@ -371,7 +353,7 @@ def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_pat
         (tmp_path / "none", "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME)"),
     ):
         monkeypatch.setenv("CUDA_HOME", str(home))
-        done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+        done = ran(*command)
         assert done.returncode != 0 and said in done.stderr
     assert not list(tmp_path.glob("*.tar.gz"))
 

@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.util
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from cuda_support import counted, read_sass
+from program_support import printed
 from source_support import ROOT
 
 triton = pytest.importorskip("triton")
@@ -106,7 +106,7 @@ class Compiled:
 
 def _run(tool: str, *arguments: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+    return printed(path, *arguments)
 
 
 @functools.cache

@@ -3,15 +3,11 @@ for bit."""
 
 import ctypes
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import cuda_support
+from program_support import find_tool, needs, printed
 
 HERE = Path(__file__).parent
 FLAGS = [
@@ -24,20 +20,13 @@ FLAGS = [
     "-fPIC,-ffp-contract=off",
 ]
 
-pytestmark = pytest.mark.skipif(cuda_support.find_tool("nvcc") is None, reason="needs nvcc")
+pytestmark = needs("nvcc")
 
 
 def build(folder, arch):
     library = folder / "noise_probe.so"
-    command = [
-        cuda_support.find_tool("nvcc"),
-        *FLAGS,
-        f"-arch=sm_{arch}",
-        str(HERE / "noise_probe.cu"),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    options = [*FLAGS, f"-arch=sm_{arch}"]
+    printed(find_tool("nvcc"), *options, HERE / "noise_probe.cu", "-o", library)
     return ctypes.CDLL(str(library))
 
 

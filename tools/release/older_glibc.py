@@ -15,18 +15,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import audit
+
 # What manylinux_2_28 allows (auditwheel's policy), and the libraries that the compiled library may
 # name.
 LIMITS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
-LIBRARIES = {
-    "c": "libc.so.6",
-    "m": "libm.so.6",
-    "dl": "libdl.so.2",
-    "pthread": "libpthread.so.0",
-    "rt": "librt.so.1",
-    "stdc++": "libstdc++.so.6",
-    "gcc_s": "libgcc_s.so.1",
-}
+LIBRARIES = {name.removeprefix("lib").partition(".")[0]: name for name in sorted(audit.SYSTEM)}
 LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
 # Read by libstdc++'s headers since glibc 2.32, to skip atomics in a program of one thread: 0,
 # "there may be threads", is always true.
@@ -49,10 +43,7 @@ def symbols(library):
     """{name: (version, type, size)} of a shared library: each name at its newest allowed
     version."""
     found = {}
-    table = subprocess.run(
-        ["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True
-    ).stdout
-    for line in table.splitlines():
+    for line in audit.output("readelf", "-W", "--dyn-syms", library).splitlines():
         fields = line.split()
         if len(fields) < 8 or fields[6] == "UND" or fields[3] not in TYPES or fields[4] == "LOCAL":
             continue
@@ -99,13 +90,9 @@ def link_flags(compiler, folder):
     folder.mkdir(parents=True, exist_ok=True)
 
     def where(name):
-        return subprocess.run(
-            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        return audit.output(compiler, f"-print-file-name={name}").strip()
 
-    machine = subprocess.run(
-        [compiler, "-dumpmachine"], check=True, capture_output=True, text=True
-    ).stdout.split("-")[0]
+    machine = audit.output(compiler, "-dumpmachine").split("-")[0]
     for short, soname in {**LIBRARIES, "loader": LOADERS[machine]}.items():
         write_stand_in(compiler, folder, short, soname, symbols(where(soname)))
     (folder / "compat.c").write_text(COMPAT)

@@ -94,7 +94,7 @@ def toolkit() -> str:
             "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME); --cuda 0 builds a wheel without "
             "CUDA kernels"
         )
-    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    text = audit.output(nvcc, "--version")
     release = re.search(r"release (\d+\.\d+)", text).group(1)
     print(
         f"wheel: CUDA {release}, so the CUDA kernels need an NVIDIA driver >= "
@@ -151,16 +151,7 @@ def stand_in_for_torch(compiler: str, folder: Path) -> str:
     """Flags that name libtorch_cpu.so without having one of that machine: torch's symbols stay for
     the loader to find."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = subprocess.run(
-        ["nm", "-D", "--defined-only", torch_library()], check=True, capture_output=True, text=True
-    )
-    names = sorted(
-        {
-            line.split()[-1]
-            for line in needed.stdout.splitlines()
-            if audit.STABLE_ABI.fullmatch(line.split()[-1])
-        }
-    )
+    names = filter(audit.STABLE_ABI.fullmatch, audit.exported(torch_library()))
     offered = {name: ("TORCH", "FUNC", 0) for name in names}
     older_glibc.write_stand_in(compiler, folder, "torch_cpu", audit.TORCH, offered, versioned=False)
     return f"-L{shlex.quote(str(folder))}"
