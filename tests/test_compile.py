@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import trainer_support
 from graph_support import Compiler
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -23,7 +24,6 @@ from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import number_layers
 from dipkernels.noise.contexts import fixed_noise, sampling_on
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
@@ -44,18 +44,12 @@ def layers():
 
 
 def vit():
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 8, "patch_size": 4}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.ViTConfig(**sizes, **layers, **dropout)
-    return dip.convert(transformers.ViTForImageClassification(config)), torch.randn(2, 3, 8, 8)
+    return dip.convert(trainer_support.vit(layers=1)), torch.randn(2, 1, 8, 8)
 
 
 def llama():
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
-    config = transformers.LlamaConfig(**sizes, **heads, use_cache=False)
-    return dip.convert(transformers.LlamaForCausalLM(config)), torch.randint(0, 32, (2, 7))
+    model = trainer_support.llama(num_key_value_heads=1, use_cache=False)
+    return dip.convert(model), torch.randint(0, 32, (2, 7))
 
 
 def one():

@@ -5,16 +5,14 @@ import concurrent.futures
 import functools
 import math
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from source_support import ROOT
+from program_support import PYTHON, printed
 from trainer_support import llama as one_llama
-from trainer_support import same, texts, words
+from trainer_support import same, texts, vit, words
 from warning_support import warned
 
 import dipkernels as dip
@@ -40,14 +38,6 @@ RUN = 2**32  # keys between the runs of two seeds, as docs/guides/trainers.md sa
 
 
 # ---- what is trained -----------------------------------------------------------------------------
-
-
-def vit():
-    torch.manual_seed(0)
-    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
-    sizes |= {"hidden_size": 16, "intermediate_size": 32}
-    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
-    return transformers.ViTForImageClassification(config)
 
 
 def images(count=32):
@@ -393,7 +383,7 @@ def test_a_saved_folder_is_plain_for_others_and_predicts_the_same_in_a_fresh_pro
     assert not report["unexpected_keys"] and not report["missing_keys"] and not dip_layers(plain)
     x = BATCH["pixel_values"][:4]
     torch.save(x, folder / "x.pt")
-    subprocess.run([sys.executable, "-c", LOAD, str(folder)], check=True, cwd=ROOT)
+    printed(PYTHON, "-c", LOAD, folder)
     logits, predicted = torch.load(folder / "out.pt")
     with dip.fixed_noise(1), torch.no_grad():
         assert torch.equal(trainer.model.eval()(x).logits, logits)

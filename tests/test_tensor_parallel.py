@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from ranks_support import on_ranks, raised
 from torch import nn
+from trainer_support import llama
 from variance_support import gradients
 
 import dipkernels as dip
@@ -476,13 +477,9 @@ def test_an_activation_noises_its_shard_as_a_dtensor(ranks):
 
 
 def check_llama(rank, world):
-    import transformers
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    torch.manual_seed(1)
-    plain = dip.convert(transformers.LlamaForCausalLM(config), 0.1).train()
+    plain = dip.convert(llama(layers=2, num_attention_heads=4), 0.1).train()
     model, block = copy.deepcopy(plain), "model.layers.*."
     plan = {f"{block}self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
     plan |= {f"{block}mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}

@@ -18,10 +18,19 @@ def mlp():
 def llama(layers=1, **options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
-    config = transformers.LlamaConfig(num_hidden_layers=layers, **sizes, **heads, **options)
-    return transformers.LlamaForCausalLM(config)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "pad_token_id": 0}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": layers}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **options}))
+
+
+def vit(layers=2):
+    """Of images of 8 by 8 pixels in one channel."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+    sizes |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.ViTConfig(num_hidden_layers=layers, **sizes)
+    return transformers.ViTForImageClassification(config)
 
 
 def texts(count=16):
