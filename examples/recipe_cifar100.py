@@ -16,7 +16,6 @@ forward (Algorithm 3) and, with --k, by k passes (Algorithm 2).
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--k", type=int, default=0, help="also test the mean of k noisy passes (0: do not)"
     )
     args = parser.parse_args(arguments)
-    check_arguments(parser, args)
+    check_arguments(parser, args, numbers=("noise", "eps", "k"))
     for name in ("image_size", "patch_size", "blocks"):
         if (value := getattr(args, name)) is not None and not 1 <= value <= 4096:
             parser.error(f"--{name.replace('_', '-')}: expected 1 to 4096, got {value}")
@@ -254,9 +253,6 @@ def main(arguments: list[str] | None = None) -> None:
             f"--patch-size: expected a divisor of --image-size {args.image_size}, got "
             f"{args.patch_size}"
         )
-    for name in ("noise", "eps", "k"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name}: expected a finite number >= 0, got {getattr(args, name)}")
     if args.k and args.method not in ("fixed", "dip"):
         parser.error(f"--k: expected with --method fixed or dip, got --method {args.method}")
 

@@ -241,12 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--gradient-checkpointing", action="store_true", help="recompute blocks in backward"
     )
     args = parser.parse_args(arguments)
-    check_arguments(parser, args)
-    for name in ("rank", "lora_alpha", "length", "new_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
-            )
+    check_arguments(parser, args, counts=("rank", "lora_alpha", "length", "new_tokens"))
     if not args.model.is_dir():
         parser.error(f"--model: expected a local folder, got {args.model}")
 

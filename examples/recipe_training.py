@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,13 +108,19 @@ def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.error(str(error))
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("m", "epochs", "batch", "accumulate", "save_every", "log_every"):
+def check_arguments(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    counts: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+) -> None:
+    """counts and numbers: flags of the recipe's own, at least 1, and finite and at least 0."""
+    for name in ("m", "epochs", "batch", "accumulate", "save_every", "log_every", *counts):
         if getattr(args, name) < 1:
             parser.error(
                 f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
             )
-    for name in (*RATES, *STRENGTHS):
+    for name in (*RATES, *STRENGTHS, *numbers):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {value}")

@@ -11,12 +11,8 @@ from torch import nn
 import dipkernels as dip
 from dipkernels import functional
 from dipkernels.nn.activation import QuickGELU
-from dipkernels.ops.activations import ACTIVATIONS
 
 SEED = torch.tensor([91, 4])
-NAMES = list(ACTIVATIONS)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
 
 def mlp(activation):
