@@ -472,8 +472,7 @@ const char* describe(cudaError_t error) {
     std::snprintf(
         message, sizeof(message),
         "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, "
-        "or set "
-        "DIPKERNELS_BACKEND=triton",
+        "or set DIPKERNELS_BACKEND=triton",
         driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
   } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
     cudaGetDevice(&device);
@@ -482,8 +481,7 @@ const char* describe(cudaError_t error) {
     std::snprintf(
         message, sizeof(message),
         "the CUDA kernels need a GPU of compute capability 8.0 or newer, or were built for others, "
-        "and this one is %d.%d: set "
-        "DIPKERNELS_BACKEND=triton or reference",
+        "and this one is %d.%d: set DIPKERNELS_BACKEND=triton or reference",
         major, minor);
   } else {
     std::snprintf(
@@ -554,7 +552,7 @@ constexpr int kPixels = kBoth || sizeof(XT) != sizeof(UT) ? 2 : 4;
 // most 16 bytes.
 bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
   if (!o.data) return true;
-  const int64_t size = AnyRun<float, 1>::bytes(o.dtype, 1), bytes = smaller(16, n * size);
+  const int64_t size = size_of(o.dtype), bytes = smaller(16, n * size);
   const auto whole = [&](int64_t elements) { return elements * size % bytes == 0; };
   if (reinterpret_cast<uintptr_t>(o.data) % bytes || !whole(o.outer_stride)) return false;
   return a.inner == 1 || whole(o.feature_stride);

@@ -143,9 +143,7 @@ struct AnyRun {
   static constexpr bool kMayBeAbsent = true;
   C values[N];
 
-  static DIP_HD int64_t bytes(DType type, int64_t n) {
-    return n * (type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2);
-  }
+  static DIP_HD int64_t bytes(DType type, int64_t n) { return n * size_of(type); }
   template <class T>
   DIP_DEVICE void load_as(const char* p, int first, int last) {
     DIP_UNROLL
