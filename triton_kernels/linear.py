@@ -13,7 +13,7 @@ from .blocks import Blocks, blocks, candidates, splits
 from .mixtures import MIXTURES
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
-from .tiles import EXACT, flat_rows, num_multiprocessors, on_device, origin
+from .tiles import EXACT, columns_at, flat_rows, num_multiprocessors, on_device, origin
 
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 ACTIVATIONS = (None, "relu", *MIXTURES)
@@ -26,21 +26,17 @@ def _noised_tile(
     key,
     last_word,
     row,  # [R] int64: into x
-    first,  # scalar: first column of the tile, counted from the start of group0
+    col,  # [BK] int: into x, of whole groups
+    group,  # [BK / 8] int
     M,
     K,
     x_stride_m,
     row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
     factor,
     dtype: tl.constexpr,  # of u, the weight's
     LOG_VARIANCE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """u = x + factor s z, rounded to the weight's type; zero outside of x"""
-    col = first + tl.arange(0, BLOCK_K) - shift
-    group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
     col_mask = (col >= 0) & (col < K)
     mask = (row < M)[:, None] & col_mask[None, :]
     x = tl.load(x_ptr + (row * x_stride_m)[:, None] + col[None, :], mask=mask, other=0.0).to(
@@ -112,6 +108,7 @@ def _linear_fwd_kernel(
     for i in range(passes):
         h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for first in range(0, K + shift, BLOCK_K):
+            col = first + tl.arange(0, BLOCK_K) - shift
             # [BM, BK]
             u = _noised_tile(
                 x_ptr,
@@ -119,19 +116,16 @@ def _linear_fwd_kernel(
                 key,
                 (last_word + i).to(tl.uint32),
                 row,
-                first,
+                col,
+                group0 + first // 8 + tl.arange(0, BLOCK_K // 8),
                 M,
                 K,
                 x_stride_m,
                 row0,
-                group0,
-                shift,
                 factor,
                 dtype,
                 LOG_VARIANCE,
-                BLOCK_K,
             )
-            col = first + tl.arange(0, BLOCK_K) - shift
             # [BK, BN]
             w = tl.load(
                 weight_ptr + (out * weight_stride_n)[None, :] + col[:, None],
@@ -185,8 +179,7 @@ def _linear_bwd_x_kernel(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + shift, BLOCK_K), GROUP_M
     )
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.cast(pid_k, tl.int64) * BLOCK_K
-    col = first + tl.arange(0, BLOCK_K) - shift
+    group, col = columns_at(pid_k, group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K)
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     # compute
@@ -210,7 +203,6 @@ def _linear_bwd_x_kernel(
     mask = (row < M)[:, None] & col_mask[None, :]
     tl.store(dx_ptr + (row * K)[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     # Rows past the end are zero in dx, so they add nothing.
-    group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
     z = normal_tile(key, last_word, row0 + row, group, False)
     tl.store(
         partial_ptr + tl.cast(pid_m, tl.int64) * K + col, tl.sum(dx * z, axis=0), mask=col_mask
@@ -252,7 +244,7 @@ def _linear_bwd_weight_kernel(
     )
     split = tl.cast(tl.program_id(1), tl.int64)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.cast(pid_k, tl.int64) * BLOCK_K
+    group, col = columns_at(pid_k, group0, shift, BLOCK_K)
     end = tl.minimum(M, (split + 1) * split_rows)
     # compute
     dweight = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -271,21 +263,18 @@ def _linear_bwd_weight_kernel(
             key,
             last_word,
             row,
-            first,
+            col,
+            group,
             M,
             K,
             x_stride_m,
             row0,
-            group0,
-            shift,
             factor,
             DTYPE,
             LOG_VARIANCE,
-            BLOCK_K,
         )
         dweight = tl.dot(tl.trans(dy.to(DTYPE)), u, dweight, input_precision=PRECISION)
     # store
-    col = first + tl.arange(0, BLOCK_K) - shift
     tl.store(
         dweight_ptr + split * N * K + (out * K)[:, None] + col[None, :],
         dweight.to(dweight_ptr.dtype.element_ty),
