@@ -16,6 +16,12 @@ struct Run {
   int64_t at(const Operand& o) const { return outer * o.outer_stride + inner; }
 };
 
+// No DIP_HD: inlined into every activation's passes it would make the file's code larger by a
+// third.
+const float* load(const Operand& o, int64_t offset, int n, float* buffer) {
+  return load_run<float>(o, offset, n, buffer);
+}
+
 // Calls f with where a run at `offset` is computed, and stores it.
 template <class F>
 void compute_run(const Operand& t, int64_t offset, int n, F&& f) {
@@ -39,7 +45,7 @@ void forward(const SamplesArgs& a, const Run& run) {
   int64_t at = run.at(a.h);
   for (int64_t s = 0; s < a.samples; ++s, at += a.sample_stride) {
     if (s + 1 < a.samples) prefetch_run<0>(a.h, at + a.sample_stride, run.n);
-    const float* __restrict h = load_run<float>(a.h, at, run.n, buffer);
+    const float* __restrict h = load(a.h, at, run.n, buffer);
     for (int j = 0; j < run.n; ++j) total[j] += act_value<kKind>(h[j]);
   }
   write_out(a, run, total);
@@ -49,11 +55,11 @@ template <int kKind>
 void back(const SamplesArgs& a, const Run& run) {
   alignas(64) float buffer[kRun], gradient[kRun], dh[kRun];
   float* __restrict total = a.total + run.outer * a.inner + run.inner;
-  const float* __restrict dy = load_run<float>(a.dy, run.at(a.dy), run.n, gradient);
+  const float* __restrict dy = load(a.dy, run.at(a.dy), run.n, gradient);
   int64_t at = run.at(a.h);
   for (int64_t s = 0; s < a.samples; ++s, at += a.sample_stride) {
     if (s + 1 < a.samples) prefetch_run<1>(a.h, at + a.sample_stride, run.n);
-    const float* h = load_run<float>(a.h, at, run.n, buffer);
+    const float* h = load(a.h, at, run.n, buffer);
     for (int j = 0; j < run.n; ++j) dh[j] = dy[j] * act<kKind>(h[j]).slope;
     for (int j = 0; j < run.n; ++j) total[j] += dh[j];
     compute_run(a.h, at, run.n, [&](float* __restrict out) {
