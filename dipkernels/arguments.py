@@ -1,15 +1,18 @@
-"""What an argument may be that is a number: one rule, one error and one form of words at every
-door; and what came, in words."""
+"""What an argument may be that is a number or one of a few words: one rule, one error and one form
+of words at every door; and what came, in words."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 def integer(
@@ -94,6 +97,14 @@ def real(
     allowed = " and".join(f" {sign} {bound}" for sign, bound in bounds if bound is not None)
     kind = ValueError if known else TypeError
     raise kind(f"{name}: expected a finite number{allowed}{other}, got {value!r}")
+
+
+def one_of(name: str, value: _T, known: Iterable[object]) -> _T:
+    """The value that was given. Raises ValueError where it is none of the known ones."""
+    words = tuple(known)
+    if value not in words:
+        raise ValueError(f"{name}: expected one of {words}, got {value!r}")
+    return value
 
 
 def described(value: object) -> str:

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from .arguments import one_of
+
 NAMES = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("portable", "avx2", "avx512")
 # Of the operations' schemas; csrc/perturb_op.cpp says the same of those that it was built for.
@@ -162,10 +164,7 @@ def cpu_capability(name: str | None = None) -> str:
         raise RuntimeError(f"cpu_capability: {_missing('cpu')}")
     functions = c_functions(path)
     if name is not None:
-        if name not in (*CAPABILITIES, "auto"):
-            raise ValueError(
-                f"cpu_capability: expected one of {(*CAPABILITIES, 'auto')}, got {name!r}"
-            )
+        one_of("cpu_capability", name, (*CAPABILITIES, "auto"))
         if functions.dip_set_cpu_capability(-1 if name == "auto" else CAPABILITIES.index(name)):
             raise RuntimeError(
                 "cpu_capability: expected an instruction set that the library carries and this "
@@ -319,9 +318,7 @@ def _tell_listeners() -> None:
 
 
 def _check_name(name: str, source: str) -> str | None:
-    if name not in (*NAMES, "auto"):
-        raise ValueError(f"{source}: expected one of {(*NAMES, 'auto')}, got {name!r}")
-    return None if name == "auto" else name
+    return None if one_of(source, name, (*NAMES, "auto")) == "auto" else name
 
 
 def _force(name: str | None, by_variable: bool = False) -> None:
@@ -411,9 +408,7 @@ class compiled_keep:
 
 
 def _check_keep(keep: str, source: str) -> str:
-    if keep not in ("x", "u", "bytes"):
-        raise ValueError(f"{source}: expected 'x', 'u' or 'bytes', got {keep!r}")
-    return keep
+    return one_of(source, keep, ("x", "u", "bytes"))
 
 
 _force(_variable("DIPKERNELS_BACKEND", _check_name, "auto"), by_variable=True)

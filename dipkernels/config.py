@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import integer, real
-from .models.calibrate import amounts, calibrate, check_per
-from .models.convert import check_place, convert, to_plain
+from .arguments import integer, one_of, real
+from .models.calibrate import PERS, amounts, calibrate
+from .models.convert import PLACES, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.marks import CONFIG
 from .models.parameters import load_variances, variances
@@ -110,8 +110,8 @@ class DIPConfig:
             raise ValueError(
                 f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}"
             )
-        check_place(self.place)
-        check_per(self.per)
+        one_of("place", self.place, PLACES)
+        one_of("per", self.per, PERS)
         check_average(self.average, None)
         for name, plain in (("ratio", None), ("start", None), ("per", "layer")):
             if self.init_variance is not None and getattr(self, name) != plain:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .arguments import described, integer, real
+from .arguments import described, integer, one_of, real
 from .models.probe import eval_mode, frozen
 from .models.spreads import measured_spreads
 from .nn.numbering import dip_layers, require_module
@@ -196,8 +196,7 @@ def smoothness(
     Source: arXiv 2506.04690, second-order smoothness.
     """
     require_batch(x)
-    if which not in ("magnitude", "largest"):
-        raise ValueError(f"which: expected 'magnitude' or 'largest', got {which!r}")
+    one_of("which", which, ("magnitude", "largest"))
     x = x.detach()
 
     def loss(out: Tensor) -> Tensor:

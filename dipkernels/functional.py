@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import worlds
-from .arguments import described, integer
+from .arguments import described, integer, one_of
 from .ops import expectation as _expectation
 from .ops import linear as _linear
 from .ops import perturb as _perturb
@@ -17,6 +17,7 @@ from .ops.draw import asked_for
 from .worlds import is_dtensor
 
 ESTIMATORS = ("sample", "mean", "analytic")
+KEEPS = ("auto", "u", "x")  # what backward keeps of a layer's input
 
 
 def noise(
@@ -221,21 +222,14 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return _expectation.expected(mu, v, activation)
 
 
-def check_keep(keep: str) -> None:
-    """Raise ValueError for what backward cannot keep."""
-    if keep not in ("auto", "u", "x"):
-        raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
-
-
 def check_estimator(estimator: str, activation: str | None, num_samples: int, keep: str) -> None:
     """Raise ValueError for what `dip_linear` does not take, alone or together."""
-    check_keep(keep)
+    one_of("keep", keep, KEEPS)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(
             f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}"
         )
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
+    one_of("estimator", estimator, ESTIMATORS)
     if estimator == "analytic" and num_samples != 1:
         raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
     if estimator != "sample" and keep == "u":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .arguments import one_of
 from .ops import registry
 
 _TOLERANCE = {
@@ -110,14 +111,12 @@ def compare(
         >>> bool(testing.compare("perturb", "reference", (2, 16), row0=7))
         True
     """
-    if op not in registry.SCHEMAS:
-        raise ValueError(f"op: expected one of {sorted(registry.SCHEMAS)}, got {op!r}")
+    one_of("op", op, sorted(registry.SCHEMAS))
     if not shape or shape[-1] < 1:
         raise ValueError(f"shape: expected (..., K) with K >= 1, got {tuple(shape)}")
     on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
     device = "cuda" if on_gpu else "cpu"
-    if backend not in registry.NAMESPACES:
-        raise ValueError(f"backend: expected one of {tuple(registry.NAMESPACES)}, got {backend!r}")
+    one_of("backend", backend, registry.NAMESPACES)
     overload = getattr(getattr(torch.ops, registry.NAMESPACES[backend]), op).default
     # an optional one is for one backend alone
     names = [a.name for a in overload._schema.arguments if not a.has_default_value()]

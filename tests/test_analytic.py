@@ -265,7 +265,7 @@ def test_analytic_prediction_refuses_bad_arguments():
     plain, x = mlp(nn.ReLU()), torch.randn(3, 8)
     noisy = dip.convert(mlp(nn.ReLU()))
     for model, options, match in (
-        (noisy, {"method": "exact"}, "method: expected 'sample' or 'analytic', got 'exact'"),
+        (noisy, {"method": "exact"}, r"method: expected one of \('sample', 'analytic'\), got"),
         (noisy, {"method": "analytic", "k": 4}, "k, chunk: expected none with method='analytic'"),
         (plain, {"method": "analytic"}, "model: expected DIP layers"),
     ):

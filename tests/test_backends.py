@@ -138,7 +138,12 @@ LAYER = "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))"
     [
         ("BACKEND", "reference", "print(b.choose('noise', 'cpu').why)", "asked for"),
         ("COMPILED_KEEP", "u", "print(b.kept_when_compiled * 3)", "uuu"),
-        ("COMPILED_KEEP", "both", LAYER, "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes'"),
+        (
+            "COMPILED_KEEP",
+            "both",
+            LAYER,
+            "DIPKERNELS_COMPILED_KEEP: expected one of ('x', 'u', 'bytes')",
+        ),
         ("CPU_CAPABILITY", "portable", "print(b.cpu_capability())", "portable"),
         (
             "CPU_CAPABILITY",

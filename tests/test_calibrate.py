@@ -419,7 +419,11 @@ def test_a_first_layer_without_features_says_nothing_of_the_start():
         ([torch.randn(5, 4)], {"ratio": 1e20}, r"^ratio: .* 1e\+20 and start=1.0 at \['0', '1'\]"),
         ([torch.randn(5, 4)], {"start": 0}, "^start: "),
         ([torch.randn(5, 4)], {"floor": -1}, "^floor: "),
-        ([torch.randn(5, 4)], {"per": "model"}, "^per: expected 'layer' or 'feature', got 'model'"),
+        (
+            [torch.randn(5, 4)],
+            {"per": "model"},
+            r"^per: expected one of \('layer', 'feature'\), got 'model'",
+        ),
     ],
 )
 def test_calibrate_names_bad_input_and_leaves_the_variances(batches, options, message):

@@ -108,7 +108,7 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
         (
             "DIPKERNELS_COMPILED_KEEP",
             "both",
-            "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes', got 'both'",
+            "DIPKERNELS_COMPILED_KEEP: expected one of ('x', 'u', 'bytes'), got 'both'",
         ),
         ("DIPKERNELS_CPU_CAPABILITY", "sse9", "DIPKERNELS_CPU_CAPABILITY: expected one of"),
         (

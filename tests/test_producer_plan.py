@@ -813,7 +813,7 @@ BY_NAME, WRONG_SIZE = {"norm": 1.0}, {"act": torch.ones(3), "*": 1.0}
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"place": "output"}, "place: expected 'input' or 'producer', got 'output'"),
+        ({"place": "output"}, r"place: expected one of \('input', 'producer'\), got 'output'"),
         (
             at_producers(None),
             "batches: expected a batch, on which place='producer' sees who reads what, got None",

@@ -299,6 +299,8 @@ def test_compiled_keep_changes_no_number_and_compiles_anew():
     assert compiler.count == 2
     assert torch.equal(results["x"][0], results["u"][0])
     torch.testing.assert_close(results["x"], results["u"], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"keep: expected 'x', 'u' or 'bytes', got 'both'"):
+    with pytest.raises(
+        ValueError, match=r"keep: expected one of \('x', 'u', 'bytes'\), got 'both'"
+    ):
         backends.compiled_keep("both")
     assert backends.kept_when_compiled == "x"

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import worlds
-from ..arguments import real
+from ..arguments import one_of, real
 from ..nn.inputs import undense
 from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
@@ -28,6 +28,7 @@ from .summary import Summary, summary
 DEEP = 4
 # sigma over spread by default, and where the batches hold token ids: studies/arithmetic_paired.py
 RATIO, TOKENS_RATIO = 1.0, 0.1
+PERS = ("layer", "feature")
 
 
 def _holds_tokens(batch: object) -> bool:
@@ -107,11 +108,6 @@ def _ratio_of_each(
     return ratios
 
 
-def check_per(per: object) -> None:
-    if per not in ("layer", "feature"):
-        raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
-
-
 def _made_up_for(first: Examples) -> float:
     """How far an example's other values make up for the noise in one, from 0 to 1: by the input of
     the network's first layer; from studies/defaults.py and held_back.py."""
@@ -183,7 +179,7 @@ def calibrate(
     if start is not None:
         start = real("start", start, above=0)
     floor = real("floor", floor, above=0)
-    check_per(per)
+    one_of("per", per, PERS)
     layers = need_layers(model)
     full = {name: f"{name}.variance.log_variance".lstrip(".") for name in layers}
     check_settable({full[name]: layer.variance for name, layer in layers.items()})

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import one_of
 from ..distributed import replicate_variance
-from ..functional import check_keep
+from ..functional import KEEPS
 from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
 from ..nn.layer import DIPLayer, weight_of
@@ -40,6 +41,8 @@ from .marks import NOISED_BY, PLAN, forget, remember
 from .patterns import Patterns, shared_groups, value_of_each
 from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import listed, probed
+
+PLACES = ("input", "producer")
 
 
 class DIPConversionWarning(UserWarning):
@@ -130,8 +133,8 @@ def convert(
 
     Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
     """
-    check_place(place)
-    check_keep(keep)
+    one_of("place", place, PLACES)
+    one_of("keep", keep, KEEPS)
     batches = None if batches is None else listed(batches)  # before and place both run them
     choice = choose(model, types, filter, exclude, before)
     names, asked, matched = choice.names, choice.asked, choice.matched
@@ -220,11 +223,6 @@ def producer_plan(
     """
     choice = choose(model, types, filter, exclude)
     return _placed(model, choice, batches)[0]
-
-
-def check_place(place: object) -> None:
-    if place not in ("input", "producer"):
-        raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
 
 
 def to_plain(model: nn.Module) -> nn.Module:

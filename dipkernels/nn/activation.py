@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import worlds
-from ..arguments import integer
-from ..ops.activations import ACTIVATIONS, check_activation
+from ..arguments import integer, one_of
+from ..ops.activations import ACTIVATIONS
 from ..ops.gate import noised_gate
 from .layer import DIM, Noise
 from .twin import Producer, made_type
@@ -73,7 +73,7 @@ class Activation(nn.Module):
 
     def __init__(self, num_features: int, kind: str, dim: int) -> None:
         super().__init__()
-        check_activation(kind, "kind")
+        one_of("kind", kind, ACTIVATIONS)
         self.num_features, self.kind, self.dim = num_features, kind, integer("dim", dim)
 
     def forward(self, input: Tensor) -> Tensor:

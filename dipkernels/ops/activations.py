@@ -35,9 +35,3 @@ BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def act_of(activation: str) -> Callable[[Tensor], Tensor]:
     """The function of an activation's name; "identity" is the affine layer's."""
     return ACTIVATIONS.get(activation, lambda h: h)
-
-
-def check_activation(name: str, argument: str = "activation") -> None:
-    """Raise ValueError for a name that is none of ACTIVATIONS."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{argument}: expected one of {tuple(ACTIVATIONS)}, got {name!r}")

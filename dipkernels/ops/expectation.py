@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import worlds
+from ..arguments import one_of
 from ..triton_kernels.mixtures import MIXTURES
 from ..worlds import is_dtensor
 from . import registry
-from .activations import ACTIVATIONS, check_activation
+from .activations import ACTIVATIONS
 from .draw import DTYPES
 from .pieces import fake_like, flat_rows, fused, linear_as
 
@@ -26,7 +27,7 @@ from .pieces import fake_like, flat_rows, fused, linear_as
 
 def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """y = E[act(mu + sqrt(v) z)] with v [N], in mu's shape and dtype."""
-    check_activation(activation)
+    one_of("activation", activation, ACTIVATIONS)
     if mu.dtype not in DTYPES:
         raise TypeError(f"mu: expected one of {DTYPES}, got {mu.dtype}")
     if mu.dim() == 0 or v.shape != mu.shape[-1:]:

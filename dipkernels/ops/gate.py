@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import one_of
 from . import registry
-from .activations import ACTIVATIONS, check_activation
+from .activations import ACTIVATIONS
 from .draw import Draw, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, projection
 from .pieces import fake_like, fused, widened
@@ -37,7 +38,7 @@ def gate(
 
 
 def _check(a: Tensor, b: Tensor | None, kind: str) -> None:
-    check_activation(kind, "kind")
+    one_of("kind", kind, ACTIVATIONS)
     if b is None:
         return
     if b.shape != a.shape:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import one_of
 from . import registry
 from .draw import DTYPES, Draw, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, projection
@@ -46,8 +47,7 @@ def check_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, kind: str
 ) -> None:
     """Raise TypeError or ValueError for what no norm is made of."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    one_of("kind", kind, KINDS)
     if draw.dim % x.dim() != x.dim() - 1:
         raise ValueError(f"dim: expected the last dimension, got {draw.dim}")
     for name, t in (("weight", weight), ("bias", bias)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import worlds
-from ..arguments import described, integer
+from ..arguments import described, integer, one_of
 from ..models.check import require_finite
 from ..models.probe import eval_mode
 from ..nn.numbering import dip_layers, warn_of_equal_numbers
@@ -97,8 +97,7 @@ def predict(
     Source: arXiv 2506.04690, Algorithms 2 and 3; whether logits or probabilities are averaged is
     not stated there.
     """
-    if method not in ("sample", "analytic"):
-        raise ValueError(f"method: expected 'sample' or 'analytic', got {method!r}")
+    one_of("method", method, ("sample", "analytic"))
     if method == "analytic" and not (k is None and chunk is None):
         raise ValueError(
             f"k, chunk: expected none with method='analytic', which is one pass, got {k}, {chunk}"
@@ -168,8 +167,7 @@ def check_average(
     average: str | None, dim: int | None, known: tuple[str | None, ...] = AVERAGES
 ) -> None:
     """Raise ValueError for an unknown `average`, or a `dim` without a softmax to take over it."""
-    if average not in known:
-        raise ValueError(f"average: expected one of {known}, got {average!r}")
+    one_of("average", average, known)
     if dim is not None and average != "probs":
         raise ValueError(
             f"dim: expected None with average={average!r}, which has no softmax, got {dim!r}"
