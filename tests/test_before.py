@@ -286,6 +286,16 @@ class Listed(nn.Module):
         return x @ self.experts[0]
 
 
+class InEightBits(nn.Module):
+    """A weight that was quantised by hand, beside its scale and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("w8", torch.ones(8, 8, dtype=torch.int8))
+        self.register_buffer("mask", torch.ones(8, 8, dtype=torch.bool))
+        self.register_buffer("scale", torch.ones(8, 1))
+
+
 def beside_a_head(module, features=8):
     return nn.ModuleDict({"odd": module, "head": nn.Linear(features, features)})
 
@@ -300,6 +310,7 @@ def beside_a_head(module, features=8):
         ),
         (lambda: beside_a_head(PygLinear(8, 4), 4), r"odd \(PygLinear\): 66\.7%.*\(weight\)"),
         (lambda: beside_a_head(Listed()), r"odd \(Listed\): 66\.7%.*experts\.0, experts\.1"),
+        (lambda: beside_a_head(InEightBits()), r"odd \(InEightBits\): 50\.0%.*\(w8\)"),
         (lambda: beside_a_head(nn.GRU(8, 8)), r"odd \(GRU\)"),
         (
             lambda: nn.Sequential(nn.Linear(200, 200), nn.LSTM(4, 4)),
@@ -572,13 +583,17 @@ class Mixture(nn.Module):
         return self.out(torch.einsum("ne,nk,ekd->nd", weights, rows, self.experts)).view(x.shape)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_layer_that_would_get_the_noise_of_before_and_its_own_is_named(device):
+@pytest.mark.parametrize(("device", "asked"), [("cpu", []), ("meta", []), ("cpu", ["1.gate"])])
+def test_a_layer_that_would_get_the_noise_of_before_and_its_own_is_named(device, asked):
     batches = [X.view(2, 3, 8).to(device)]
     given = {"before": ["1"], "batches": batches}
-    said = r"convert: 1 layer\(s\) would get noise twice: 1.gate\. "
+    said = r"convert: 1 module\(s\) would get noise twice: 1.gate\. "
     with pytest.warns(dip.DIPConversionWarning, match=said) as caught:
-        dip.convert(nn.Sequential(nn.Linear(8, 8), Mixture()).to(device), **given)
+        dip.convert(
+            nn.Sequential(nn.Linear(8, 8), Mixture()).to(device),
+            before=["1", *asked],
+            batches=batches,
+        )
     assert len(caught) == 1
     with no_warning():
         model = nn.Sequential(nn.Linear(8, 8), Mixture()).to(device)

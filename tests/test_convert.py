@@ -312,11 +312,25 @@ class LoraOfParameters(nn.Module):  # litgpt's
         self.linear, self.lora_A = nn.Linear(4, 4), nn.Parameter(torch.zeros(2, 4))
 
 
+class LoraOfLayers(nn.Module):  # cloneofsimo's
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.lora_down, self.lora_up = nn.Linear(4, 2), nn.Linear(2, 4)
+
+
 class LoraBesideWeight(nn.Module):  # torchtune's
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(4, 4))
         self.lora_a, self.lora_b = nn.Linear(4, 2), nn.Linear(2, 4)
+
+
+class LoraOverBits(LoraOfParameters):  # of a weight that was quantised by hand
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Module()
+        self.linear.register_buffer("w8", torch.ones(4, 4, dtype=torch.int8))
 
 
 def replaced_forward():
@@ -365,7 +379,9 @@ def test_a_variance_of_another_size_leaves_attention_and_what_is_before_it_plain
         (sparse, "sparse"),
         (Lora, "a LoRA layer"),
         (LoraOfParameters, "a LoRA layer"),
+        (LoraOfLayers, "a LoRA layer"),
         (LoraBesideWeight, "a LoRA layer"),
+        (LoraOverBits, "a LoRA layer"),
         (quantised_weight, "quantised: its weight is a Int8Tensor"),
         (
             lambda: MyAttention(4, 2),

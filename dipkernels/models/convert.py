@@ -480,9 +480,9 @@ def _warn_unreached(plan: ProducerPlan) -> None:
 def _warn_of_twice(layers: list[str]) -> None:
     if layers:
         warnings.warn(
-            f"convert: {len(layers)} layer(s) would get noise twice: {', '.join(layers)}. What "
+            f"convert: {len(layers)} module(s) would get noise twice: {', '.join(layers)}. What "
             "they read is the input of a module around them that before=[...] noises: name them in "
-            "exclude=[...]",
+            "exclude=[...], and not in before",
             DIPConversionWarning,
             stacklevel=3,
         )

@@ -196,11 +196,12 @@ def _blocks(module: nn.Module, types: Types) -> bool:
 
 
 def _looks_like_lora(module: nn.Module, types: Types) -> bool:
-    """Whether it is a layer and its adapter in one, by others than PEFT: litgpt, torchtune."""
-    named = hasattr(module, "lora_A") or hasattr(module, "lora_a")
-    return (
-        named and not is_adapter(module) and any(is_candidate(m, types) for m in module.modules())
-    )
+    """Whether it is a layer and its adapter in one, by others than PEFT: litgpt, torchtune,
+    cloneofsimo's lora."""
+    if is_adapter(module) or not any(hasattr(module, n) for n in ("lora_A", "lora_a", "lora_down")):
+        return False
+    parts = [m for m in module.modules() if not isinstance(m, nn.Embedding)]
+    return any(is_candidate(m, types) or (m is not module and own_matrices(m)) for m in parts)
 
 
 def _adapter_reason(module: nn.Module) -> str | None:
@@ -434,8 +435,9 @@ _LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the 
 
 def own_matrices(module: nn.Module) -> dict[str, Tensor]:
     """The floating and complex Parameters of two dimensions or more that are the module's own, or
-    in a list of its own."""
-    parameters = dict(module.named_parameters(recurse=False))
+    in a list of its own; and what else holds 8-bit numbers, as quantised weights do."""
+    parameters: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    parameters |= {n: b for n, b in module.named_buffers(recurse=False) if _in_eight_bits(b)}
     for name, each in module.named_children():
         if isinstance(each, (nn.ParameterList, nn.ParameterDict)):
             parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
@@ -447,8 +449,14 @@ def has_lazy_weights(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
 
 
+def _in_eight_bits(p: Tensor) -> bool:
+    return p.dtype.itemsize == 1 and p.dtype is not torch.bool
+
+
 def _is_matrix(p: Tensor) -> bool:
-    if nn.parameter.is_lazy(p) or not (p.is_floating_point() or p.is_complex()):
+    if nn.parameter.is_lazy(p):
+        return False
+    if not (p.is_floating_point() or p.is_complex() or _in_eight_bits(p)):
         return False
     embedded = p.ndim > 2 and p.shape[0] == 1  # a class token or positions, [1, N, D]
     return sum(size != 1 for size in p.shape) >= 2 and not embedded
@@ -489,7 +497,7 @@ def unnoised(
         elsewhere = "; {pattern: dimension} says where its features are, if not in the last one"
         elsewhere *= not kind.__module__.startswith("torch.nn.")
         found[tuple(modules)] = (
-            f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which "
+            f"{share:.1%} of the model's matrix weights are its own tensors ({shown}), which "
             f"get no noise: before={patterns} with batches=[...] puts noise at its input{elsewhere}"
         )
     return found

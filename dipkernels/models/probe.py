@@ -254,7 +254,7 @@ def probed(
     layers: Iterable[nn.Module] = (),
 ) -> tuple[dict[nn.Module, int], list[nn.Module]]:
     """The number of features of each module's input, from one pass in eval mode without noise; and
-    of the layers those that read such an input as it came, inside the module.
+    of the modules and layers those that read such an input as it came, inside another module.
 
     modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
     not reach, an input that is no floating tensor, has no such dimension, or has other features in
@@ -275,12 +275,13 @@ def probed(
 
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = input_of(module, args, kwargs)
+        whole = (m for m in given if m is not module and module in parts[m])
+        if any(_same(x, given[m]) for m in whole):
+            again[module] = None
         if module in modules:
             name, dim = modules[module]
             found[module] = _features(name, dim, x, found.get(module))
             given[module] = x
-        elif any(module in parts[whole] and _same(x, its) for whole, its in given.items()):
-            again[module] = None
 
     with untouched(model):
         watch(model, [*modules, *inside], observe, listed(batches))
