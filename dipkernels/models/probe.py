@@ -214,6 +214,16 @@ def leaves(out: Any) -> list[Any]:
     return found
 
 
+def storage_of(t: object) -> int | None:
+    """By which tensors that share memory are known, also without values."""
+    if not isinstance(t, Tensor) or t.is_nested:  # which lies in no one layout
+        return None
+    try:
+        return int(t.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse
+        return None
+
+
 def shown(name: str, module: nn.Module) -> str:
     """A module in an error or a plan."""
     return f"{name or 'the model itself'} ({type(module).__name__})"
@@ -295,9 +305,9 @@ def probed(
 
 def _same(x: object, y: Tensor) -> bool:
     """Whether x is y, or a view of all of it."""
-    if not isinstance(x, Tensor) or x.numel() != y.numel():
+    if not isinstance(x, Tensor) or storage_of(x) is None or storage_of(x) != storage_of(y):
         return False
-    return (x if x._base is None else x._base) is (y if y._base is None else y._base)
+    return x.storage_offset() == y.storage_offset() and x.numel() == y.numel()
 
 
 def _features(name: str, dim: int, x: object, before: int | None) -> int:

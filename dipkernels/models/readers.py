@@ -27,6 +27,7 @@ from .probe import (
     run_batch,
     seed_alike,
     shown,
+    storage_of,
     untouched,
 )
 
@@ -258,8 +259,8 @@ class Watch(TorchDispatchMode):
         # What it is a copy of, as of a norm that computes in float32, is the module's own affair.
         made.layout, made.module, made.source = layout_of(out), module, None
         self.calls[module].append(made.call)
-        self._inputs[_storage(x)].append(made.call)
-        return self._apart(out, made) if _storage(x) == _storage(out) else None
+        self._inputs[storage_of(x)].append(made.call)
+        return self._apart(out, made) if storage_of(x) == storage_of(out) else None
 
     def _apart(self, out: Tensor, made: Made) -> Tensor:
         """What a module that works in place returns, as a copy: its twin writes nothing into its
@@ -315,9 +316,9 @@ class Watch(TorchDispatchMode):
         name = getattr(func, "__name__", "") if schema is None else schema.name.partition("::")[2]
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        storages = {_storage(t) for t in given}
+        storages = {storage_of(t) for t in given}
         changes = schema is not None and schema.is_mutable
-        view = outputs and not changes and all(_storage(t) in storages for t in outputs)
+        view = outputs and not changes and all(storage_of(t) in storages for t in outputs)
         # Behind a detach a variance would learn nothing; what expands nothing here would repeat
         # entries of a larger batch.
         same = name == "detach" or (name == "expand" and outputs[0].shape == given[0].shape)
@@ -331,7 +332,7 @@ class Watch(TorchDispatchMode):
         elif not name.endswith("_like") and not name.startswith("new_"):  # which read a shape
             self.read([t for t, _ in read], self.function or name.strip("_"))
         for t in outputs:
-            for call in self._inputs.get(_storage(t), ()) if changes else ():
+            for call in self._inputs.get(storage_of(t), ()) if changes else ():
                 call.read_by(f"{self._shown_call(name)} changes its input, in place")
             self._fill(t, name, source, changes, all(_kind(g) == _kind(t) for g in given))
         return out
@@ -344,7 +345,7 @@ class Watch(TorchDispatchMode):
         changes: bool,
         alike: bool,
     ) -> None:
-        key = _storage(t)
+        key = storage_of(t)
         known = self._found(t)
         if key is None or (known is not None and not changes):
             return
@@ -368,7 +369,7 @@ class Watch(TorchDispatchMode):
                 made.call.read_by(what)
 
     def _found(self, t: object) -> Made | None:
-        key = _storage(t)
+        key = storage_of(t)
         return None if key is None else self._made.get(key)
 
     def _module(self) -> nn.Module | None:
@@ -384,12 +385,3 @@ class Watch(TorchDispatchMode):
 
 def _kind(t: Tensor) -> tuple[Any, ...] | None:
     return None if t.is_nested else (t.shape, t.dtype)  # a nested one has no one shape
-
-
-def _storage(t: object) -> int | None:
-    if not isinstance(t, Tensor) or t.is_nested:  # which lies in no one layout
-        return None
-    try:
-        return int(t.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse
-        return None
