@@ -166,12 +166,13 @@ def refuse_in_trace() -> None:
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "dipkernels: ONNX has no operation for the noise of a DIP layer. Export in eval mode, "
-            f"model.eval(), or the plain model, {_PLAIN}"
+            f"model.eval(), without predict and sampling_on, or the plain model, {_PLAIN}"
         )
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "dipkernels: torch.jit.trace cannot keep noise that is drawn at each call. Trace in "
-            f"eval mode, model.eval(), or the plain model, {_PLAIN}; torch.export keeps the noise"
+            "eval mode, model.eval(), without predict and sampling_on, or the plain model, "
+            f"{_PLAIN}; torch.export keeps the noise"
         )
 
 
