@@ -121,13 +121,12 @@ def predict(
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
             count = min(chunk, max(k, 1) - first)
-            with contextlib.ExitStack() as noise:
-                if k > 0:
-                    noise.enter_context(contexts.sampling_on())
-                    noise.enter_context(contexts.numbered_pass(number, count))
-                    for layer in layers.values():
-                        if layer.share is not None:
-                            layer.share.forget()
+            noise = contexts.sampling_on() if k > 0 else contextlib.nullcontext()
+            key = contexts.numbered_pass(number, count) if k > 0 else contextlib.nullcontext()
+            with noise, key:
+                for layer in layers.values() if k > 0 else ():
+                    if layer.share is not None:
+                        layer.share.forget()
                 if count > 1:
                     out = folded(run, args, kwargs, count, 0, chunked=True)
                 else:
