@@ -242,6 +242,21 @@ def test_analytic_prediction_refuses_what_it_has_no_closed_form_for(activation, 
     assert not model[0]._forward_hooks
 
 
+@pytest.mark.parametrize(
+    "between",
+    [nn.Identity, lambda: nn.BatchNorm1d(8), lambda: nn.LayerNorm(8), lambda: nn.Linear(8, 8)],
+)
+@pytest.mark.parametrize("noisy", [lambda: dip.DIPLinear(8, 8), lambda: dip.DIPInput(8)])
+def test_analytic_prediction_refuses_an_activation_further_behind(noisy, between):
+    """Its answer would be the plain network's."""
+    model, x = nn.Sequential(noisy(), between(), nn.ReLU()), torch.randn(3, 8)
+    if isinstance(model[0], dip.DIPLinear) and isinstance(model[1], nn.Identity):
+        dip.predict(model, x, method="analytic", average="logits")  # right behind
+    else:
+        with pytest.raises(ValueError, match="that of '0' goes into relu, and its variance"):
+            dip.predict(model, x, method="analytic", average="logits")
+
+
 def test_analytic_prediction_of_layers_that_are_called_by_keyword():
     class ByKeyword(nn.Module):
         def __init__(self):

@@ -48,6 +48,7 @@ _LOSSES = {"log_softmax", "cross_entropy", "argmax"}
 _FACTORS = {"mul", "div", "truediv"}
 _LINEAR = _SUMS | _POOLS | _ORDERS | _PARTS | _REPEATS
 _THROUGH = _LINEAR | _PRODUCTS | _NORMS | _ATTENTION | _LOSSES
+_COMPUTES = _LINEAR | _FACTORS | _PRODUCTS | _NORMS | _ATTENTION
 
 
 class _Normal(NamedTuple):
@@ -71,6 +72,7 @@ class _Expectations(TorchFunctionMode):
         super().__init__()
         self._normals: dict[int, _Normal] = {}
         self._draws = {name: layer.share or layer for name, layer in layers.items()}
+        self.inside = 0  # how many DIPLinear are running, whose own activation is not followed
 
     def mark(
         self, tensor: Tensor, v: Tensor | None, layer: str, draws: tuple[object, ...] = ()
@@ -92,6 +94,8 @@ class _Expectations(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
         marks = map(self._find, pytree.tree_leaves((args, kwargs)))
         found = [normal for normal in marks if normal is not None]
         if not found:
@@ -106,7 +110,7 @@ class _Expectations(TorchFunctionMode):
         drops = args[2] if len(args) > 2 else kwargs.get("training", True)
         if name in _SHAPES or (name == "dropout" and not drops):
             return self._like(out, normal)
-        if name in _LINEAR | _FACTORS or name.startswith("get"):
+        if name in _COMPUTES or name.startswith("get"):
             self._computed(out, found, name in _ADDS and not kwargs)
         found = [n for n in found if not n.draws]
         if not found:
@@ -133,8 +137,8 @@ class _Expectations(TorchFunctionMode):
         return out
 
     def _computed(self, out: Any, found: list[_Normal], adds: bool) -> None:
-        """What is linear in the outputs of layers: of a sum with noises apart the variance is their
-        variances' sum."""
+        """What is computed of the outputs of layers: of a sum with noises apart the variance is
+        their variances' sum, of all else it is not followed."""
         draws = tuple(draw for n in found for draw in n.draws or (self._draws[n.layer],))
         each = (
             [n.v for n in found if n.v is not None and n.v.shape == out.shape[-1:]] if adds else []
@@ -227,8 +231,8 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: An activation without a closed form here, or one behind a convolution, a
-            DIPInput or a LoRA layer, which the message names; or a model some of whose modules
-            noise their output, convert(place="producer").
+            DIPInput or a LoRA layer, or behind a norm, which the message names; or a model some of
+            whose modules noise their output, convert(place="producer").
     """
     producers = [
         name or "(root)" for name, layer in dip_layers(model).items() if layer.noises_output
@@ -240,27 +244,47 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     mode = _Expectations(dip_layers(model))
 
+    def enter(*call: object) -> None:
+        mode.inside += 1
+
     def behind(name: str) -> Callable[..., Tensor | None]:
         def hook(
             layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Tensor | None:
-            x = input_of(layer, args, kwargs)
-            if not isinstance(layer, DIPLinear) or not isinstance(output, Tensor):
-                if isinstance(output, Tensor) and output is not x:
-                    mode.mark(output, None, name)
+            if not isinstance(output, Tensor):
                 return None
-            if layer.activation is None:
-                mode.mark(output, _variance(layer), name)
-                return None
-            mu = torch.nn.functional.linear(x, layer.weight, layer.bias)
-            return functional.expectation(mu, _variance(layer), layer.activation)
+            if output is input_of(layer, args, kwargs):  # a DIPInput's
+                output = output.view_as(output)
+            mode.mark(output, None, name)
+            return output
+
+        return hook
+
+    def behind_linear(name: str) -> Callable[..., Tensor | None]:
+        def hook(
+            layer: DIPLinear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Tensor | None:
+            try:
+                if not isinstance(output, Tensor):
+                    return None
+                if layer.activation is None:
+                    mode.mark(output, _variance(layer), name)
+                    return None
+                x = input_of(layer, args, kwargs)
+                mu = torch.nn.functional.linear(x, layer.weight, layer.bias)
+                return functional.expectation(mu, _variance(layer), layer.activation)
+            finally:
+                mode.inside -= 1
 
         return hook
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
         for name, layer in dip_layers(model).items():
-            stack.enter_context(around(layer, after=behind(name)))
+            if isinstance(layer, DIPLinear):
+                stack.enter_context(around(layer, enter, behind_linear(name)))
+            else:
+                stack.enter_context(around(layer, after=behind(name)))
         for module in model.modules():  # torch's own call the functions that are followed
             if may_produce(module) and not type(module).__module__.startswith("torch.nn."):
                 stack.enter_context(mode.around(module))
