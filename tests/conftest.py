@@ -35,6 +35,7 @@ _CACHE = f"dipkernels-tests-{os.getuid()}-{torch.backends.cpu.get_cpu_capability
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _CACHE))
 # It believes what the processor says of its instruction sets, and compiles no program to try each.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches a model
 
 
 def pytest_configure(config):

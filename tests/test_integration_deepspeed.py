@@ -1,6 +1,5 @@
 """DeepSpeed on two processes of a CPU: by hand, and under transformers' Trainer."""
 
-import os
 import re
 
 import pytest
@@ -12,7 +11,6 @@ from trainer_support import X, Y, learned, llama, mlp
 import dipkernels as dip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 RECIPE = dip.DIPConfig(ratio=0.5)
 
 

@@ -4,7 +4,6 @@ models."""
 import concurrent.futures
 import functools
 import math
-import os
 import warnings
 
 import pytest
@@ -33,7 +32,6 @@ from dipkernels.integrations.transformers import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 RUN = 2**32  # keys between the runs of two seeds, as docs/guides/trainers.md says
 
 

@@ -7,7 +7,6 @@ torch on the package index.
 """
 
 import copy
-import os
 import pickle
 import warnings
 from collections import Counter
@@ -28,7 +27,6 @@ from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import dip_layers
 from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lm_head.*:UserWarning")

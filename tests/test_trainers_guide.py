@@ -3,7 +3,6 @@ lines more than without."""
 
 import contextlib
 import io
-import os
 import re
 
 import pytest
@@ -22,7 +21,6 @@ NEEDS = {
     "Lightning": ["lightning"],
     "Plain": [],
 }
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def ran(name, folder, monkeypatch):
