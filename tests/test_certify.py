@@ -41,6 +41,7 @@ def test_the_radius_of_a_linear_classifier_is_its_distance_from_below():
     assert got.accuracy(torch.tensor([0, 1, 0]), 0.25) == pytest.approx(2 / 3)
     assert got.accuracy(torch.tensor([0, 1, 0]), 0.5) == pytest.approx(1 / 3)
     assert got.accuracy(torch.tensor([1, 1, 0]), 0.0) == pytest.approx(1 / 3)
+    assert got.accuracy(torch.tensor([1, 0, -1]), 0.0) == 0  # -1: it abstains, which is no class
 
 
 def test_the_draws_replay_and_modes_and_bounds_stay():

@@ -42,8 +42,8 @@ class Certificate:
                 f"target: expected a tensor of shape {tuple(self.classes.shape)}, got "
                 f"{described(target)}"
             )
-        sure = (self.classes == target.to(self.classes.device)) & (self.radius >= radius)
-        return sure.double().mean().item()
+        right = (self.classes == target.to(self.classes.device)) & (self.classes >= 0)
+        return (right & (self.radius >= radius)).double().mean().item()
 
 
 @torch.no_grad()
