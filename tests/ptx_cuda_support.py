@@ -45,7 +45,7 @@ class PerturbArgs(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outer", "features", "inner")),
         ("draw", Draw),
-        *((name, Operand) for name in ("x", "u", "z", "du")),
+        *((name, Operand) for name in ("x", "u", "du")),
         ("dsigma", ctypes.c_void_p),
     )
 
