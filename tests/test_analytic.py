@@ -257,6 +257,24 @@ def test_analytic_prediction_refuses_an_activation_further_behind(noisy, between
             dip.predict(model, x, method="analytic", average="logits")
 
 
+@pytest.mark.parametrize(
+    "act",
+    [F.elu, F.glu, F.hardswish, F.leaky_relu, F.logsigmoid, F.mish, F.softplus, torch.sigmoid],
+)
+@pytest.mark.parametrize("sums", [False, True])
+def test_analytic_prediction_refuses_what_has_no_mean_further_behind(act, sums):
+    class Further(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = dip.DIPLinear(8, 8), dip.DIPLinear(8, 8)
+
+        def forward(self, x):
+            return act(self.a(x) + self.b(x) if sums else F.layer_norm(self.a(x), (8,)))
+
+    with pytest.raises(ValueError, match=f"that of 'a' goes into {act.__name__}"):
+        dip.predict(Further(), torch.randn(3, 8), method="analytic", average="logits")
+
+
 def test_analytic_prediction_of_layers_that_are_called_by_keyword():
     class ByKeyword(nn.Module):
         def __init__(self):

@@ -29,6 +29,10 @@ from ..noise import contexts
 from ..ops import expectation
 
 _ACTIVATIONS = {"relu", "gelu", "silu", "tanh"}
+# Without a mean here, whatever was computed before them.
+_OTHERS = {"sigmoid", "log_sigmoid", "hardsigmoid", "hardswish", "hardtanh", "relu6"}
+_OTHERS |= {"leaky_relu", "prelu", "rrelu", "threshold", "elu", "selu", "celu", "glu", "mish"}
+_OTHERS |= {"softplus", "softsign", "tanhshrink", "softshrink", "hardshrink"}
 # Keep columns columns: the same values in another shape.
 _SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 _SHAPES |= {"contiguous", "clone", "to", "float", "detach", "type_as"}
@@ -106,6 +110,8 @@ class _Expectations(TorchFunctionMode):
         normal = found[0]
         if name in _ACTIVATIONS:
             return self._activate(name, normal, args, kwargs, func)
+        if name in _OTHERS:
+            raise self._error(normal, name)
         out = func(*args, **kwargs)
         drops = args[2] if len(args) > 2 else kwargs.get("training", True)
         if name in _SHAPES or (name == "dropout" and not drops):
