@@ -144,7 +144,7 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "backends.py: the device and the backend that runs on it, swapped",
         'The device is "cuda" there, and so is the backend.',
     ),
-    "d97314f848": (
+    "88db834a5b": (
         "place.py: the size of the rows on which a norm's eps is seen",
         "Any size near the root of eps shows it, and 0.505 for its power is as near.",
     ),
