@@ -9,6 +9,7 @@ import torch.distributed.fsdp
 from plain_support import assert_plain
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.models.calibrate import calibrate
@@ -333,6 +334,33 @@ class LoraOverBits(LoraOfParameters):  # of a weight that was quantised by hand
         self.linear.register_buffer("w8", torch.ones(4, 4, dtype=torch.int8))
 
 
+class LoraOfParametrised(LoraOfParameters):
+    def __init__(self):
+        super().__init__()
+        weight_norm(self.linear)
+
+
+class BlockWithLora(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.lora_A, self.lora_B = nn.Linear(4, 2), nn.Linear(2, 4)
+
+
+class LoraAlone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Linear(4, 2), nn.Linear(2, 4)
+
+
+@pytest.mark.parametrize("make", [BlockWithLora, LoraAlone])
+def test_layers_of_a_block_that_has_an_adapter_inside_are_converted(make):
+    model, plain = nn.Sequential(make()), [n for n, _ in make().named_children()]
+    with no_warning():
+        convert(model)
+    assert names(model) == [f"0.{name}" for name in plain]
+
+
 def replaced_forward():
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x
@@ -382,6 +410,7 @@ def test_a_variance_of_another_size_leaves_attention_and_what_is_before_it_plain
         (LoraOfLayers, "a LoRA layer"),
         (LoraBesideWeight, "a LoRA layer"),
         (LoraOverBits, "a LoRA layer"),
+        (LoraOfParametrised, "a LoRA layer"),
         (quantised_weight, "quantised: its weight is a Int8Tensor"),
         (
             lambda: MyAttention(4, 2),

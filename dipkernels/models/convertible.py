@@ -197,11 +197,14 @@ def _blocks(module: nn.Module, types: Types) -> bool:
 
 def _looks_like_lora(module: nn.Module, types: Types) -> bool:
     """Whether it is a layer and its adapter in one, by others than PEFT: litgpt, torchtune,
-    cloneofsimo's lora."""
+    cloneofsimo's lora. A block of several layers is none, nor is an adapter by itself."""
     if is_adapter(module) or not any(hasattr(module, n) for n in ("lora_A", "lora_a", "lora_down")):
         return False
-    parts = [m for m in module.modules() if not isinstance(m, nn.Embedding)]
-    return any(is_candidate(m, types) or (m is not module and own_matrices(m)) for m in parts)
+    parts = {n: m for n, m in module.named_modules() if not isinstance(m, nn.Embedding)}
+    layers = {n for n, m in parts.items() if is_candidate(m, types) or (n and own_matrices(m))}
+    adapted = [n for n in layers if not n.startswith("lora") and not is_inside([n], layers)]
+    weights = [n for n in own_matrices(module) if not n.startswith("lora")]
+    return bool(layers) and (len(adapted) == 1 if adapted else bool(weights))
 
 
 def _adapter_reason(module: nn.Module) -> str | None:
