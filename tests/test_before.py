@@ -336,6 +336,27 @@ def test_weights_that_are_in_no_layer_are_named_with_their_share(make, message):
     dip.convert(make(), filter=lambda module, name: module.in_features > 0)
 
 
+class Masked(nn.Module):
+    """A causal mask as it was before torch had bool."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return x.masked_fill(self.mask == 0, 0.0)
+
+
+def test_a_mask_of_bytes_is_no_weight_and_bytes_that_are_not_loaded_are_one():
+    ones = torch.ones(8, 8, dtype=torch.uint8)
+    with no_warning():
+        dip.convert(beside_a_head(Masked(ones.tril())))
+        dip.convert(beside_a_head(Masked(ones.triu(1).contiguous())))
+    for weight in (ones * 7, ones * 0, ones.to("meta")):
+        with pytest.warns(dip.DIPConversionWarning, match=r"odd \(Masked\): 50\.0%"):
+            dip.convert(beside_a_head(Masked(weight)))
+
+
 class PositionalEncoding(nn.Module):
     def __init__(self):
         super().__init__()

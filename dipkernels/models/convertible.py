@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import worlds
 from ..nn.attention import DIPMultiheadAttention, DIPOutProjection
 from ..nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
 from ..nn.layer import DIPLayer
@@ -438,7 +439,8 @@ _LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the 
 
 def own_matrices(module: nn.Module) -> dict[str, Tensor]:
     """The floating and complex Parameters of two dimensions or more that are the module's own, or
-    in a list of its own; and what else holds 8-bit numbers, as quantised weights do."""
+    in a list of its own; and what else holds 8-bit numbers, as quantised weights do, but for
+    masks."""
     parameters: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     parameters |= {n: b for n, b in module.named_buffers(recurse=False) if _in_eight_bits(b)}
     for name, each in module.named_children():
@@ -462,7 +464,15 @@ def _is_matrix(p: Tensor) -> bool:
     if not (p.is_floating_point() or p.is_complex() or _in_eight_bits(p)):
         return False
     embedded = p.ndim > 2 and p.shape[0] == 1  # a class token or positions, [1, N, D]
-    return sum(size != 1 for size in p.shape) >= 2 and not embedded
+    return sum(size != 1 for size in p.shape) >= 2 and not embedded and not _is_mask(p)
+
+
+def _is_mask(p: Tensor) -> bool:
+    """Whether it is of zeros and ones, by its first entries. One of zeros alone may be a weight
+    that is not loaded yet."""
+    if p.dtype is not torch.uint8 or p.is_meta or not p.numel() or not worlds.has_values(p):
+        return False
+    return bool(p[:1].max() == 1)
 
 
 def unnoised(
