@@ -296,6 +296,12 @@ class Standardised(nn.Conv2d):
         return super()._conv_forward(input, weight - weight.mean(), bias)
 
 
+class Asked(nn.Linear):
+    @property
+    def estimator(self):
+        raise RuntimeError("not before fit")
+
+
 class Drawn(nn.Linear):
     def draw(self):
         return self.weight
@@ -398,6 +404,7 @@ def test_a_variance_of_another_size_leaves_attention_and_what_is_before_it_plain
         (lambda: Scaled(4, 4), "a subclass of nn.Linear"),
         (lambda: Standardised(4, 4, 3), "a subclass of nn.Conv2d"),
         (lambda: Drawn(4, 4), r"it has \['draw'\] of its own"),
+        (lambda: Asked(4, 4), r"it has \['estimator'\] of its own"),
         (lambda: nn.LazyLinear(4), "lazy"),
         (lambda: nn.LazyConv2d(4, 1), "lazy"),
         (lambda: weight_norm(nn.Linear(4, 4)), "parametrised"),

@@ -326,7 +326,9 @@ def names_taken(module: nn.Module, twin: type[Any], facts: Iterable[str] = ()) -
         if kind.__module__.partition(".")[0] == package and "made_of" not in vars(kind)
     ]
     names = _SET.union(facts, *map(vars, ours)) - {"reset_parameters", "__prepare_scriptable__"}
-    return sorted(n for n in names if hasattr(module, n) and not hasattr(nn.Module, n))
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    own.update(n for n in names if hasattr(type(module), n))  # a property is not asked: it may fail
+    return sorted(n for n in names & own if not hasattr(nn.Module, n))
 
 
 def no_twin(module: nn.Module) -> str | None:
