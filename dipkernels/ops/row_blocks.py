@@ -91,12 +91,9 @@ def _noise_of(u: Tensor, seed: Tensor, row0: int, col0: int, samples: range) -> 
     if _is_compiled(u):
         torch.ops.dipkernels.draw_samples(u, None, None, seed, row0, col0, samples.start, 1.0)
         return u
-    return _stack(
-        [
-            torch.ops.dipkernels.noise(seed, u.shape[1:], -1, row0, col0, s).to(u.dtype)
-            for s in samples
-        ]
-    )
+    zeros = u.new_zeros(u.shape[-1]).expand(u.shape[1:])
+    ones = torch.ones(u.shape[-1], device=u.device)
+    return _noised(zeros, ones, seed, row0, col0, samples, 1.0, u.dtype)  # rounded as it is drawn
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
