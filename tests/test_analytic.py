@@ -27,6 +27,12 @@ def mlp(activation):
     )
 
 
+def one_hidden(activation, width, classes):
+    torch.manual_seed(0)
+    layers = nn.Linear(8, width), activation, nn.Linear(width, classes)
+    return dip.convert(nn.Sequential(*layers), init_variance=0.3)
+
+
 class _GeluTanh(nn.Module):
     def forward(self, x):
         return (
@@ -111,10 +117,7 @@ def test_analytic_prediction_knows_a_layer_whose_forward_is_called_by_itself():
 
 def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():
     """One noised layer before the activation and an affine one after: the logits' mean is exact."""
-    torch.manual_seed(0)
-    model = dip.convert(
-        nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)), init_variance=0.3
-    )
+    model = one_hidden(nn.GELU(), 32, 4)
     x = torch.randn(5, 8)
     exact = dip.predict(model, x, method="analytic", average="logits")
     outs = dip.predict(model, x, k=4000, chunk=1000, average=None)
@@ -172,10 +175,7 @@ def test_analytic_prediction_refuses_what_is_computed_before_an_activation(form)
 
 
 def test_analytic_prediction_of_layers_with_their_own_activation_and_samples():
-    torch.manual_seed(0)
-    plain = dip.convert(
-        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), init_variance=0.3
-    )
+    plain = one_hidden(nn.ReLU(), 16, 3)
     x = torch.randn(5, 8)
     want = dip.predict(plain, x, method="analytic", average="logits")
     inside = nn.Sequential(
