@@ -141,11 +141,11 @@ constexpr bool kInRegisters = V::kLanes > 1 && sizeof(C) == 4;
 
 enum class Writes { kNothing, kNoise, kProjection };  // into u: z, or x + scale * z
 
-// Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns
-// [begin, end), and x is that of column `begin`.
-template <class X, class T, Writes kWrites, bool kSum, bool kStream, class F>
+// Loads, conversions and stores fit in between, as does what also(i) does for a step's columns,
+// from i on. x(at): One::kLanes numbers from column `at` on.
+template <class T, Writes kWrites, bool kSum, bool kStream, class X, class F>
 void use_tile(
-    const Polar& polar, const X* x, const T* du, T* u, const float* scale, float* acc, F&& ahead,
+    const Polar& polar, X&& x, const T* du, T* u, const float* scale, float* acc, F&& also,
     int begin = 0, int end = kTile) {
   const auto store = [&](int at, One::F a, One::F b) {
     if constexpr (kStream) One::stream_pair(u + at, a, b);
@@ -154,7 +154,7 @@ void use_tile(
   for (int i = begin / 2; i < end / 2; i += V::kLanes) {
     typename V::F even, odd;
     cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
-    ahead(2 * i);
+    also(2 * i);
     V::zip(even, odd, [&](int j, One::F a, One::F b) {
       const int at = 2 * i + j, next = at + One::kLanes;
       if constexpr (kSum) {
@@ -163,8 +163,8 @@ void use_tile(
       }
       if constexpr (kWrites == Writes::kNoise) store(at, a, b);
       if constexpr (kWrites == Writes::kProjection) {
-        const One::F here = One::fma(One::load(scale + at), a, One::load(x + at - begin));
-        store(at, here, One::fma(One::load(scale + next), b, One::load(x + next - begin)));
+        const One::F here = One::fma(One::load(scale + at), a, x(at));
+        store(at, here, One::fma(One::load(scale + next), b, x(next)));
       }
     });
   }

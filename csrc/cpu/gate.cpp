@@ -58,6 +58,7 @@ struct Job {
   const GateArgs& args;
   Functions<C> functions;
   bool dense, in_registers, streams, draws;
+  bool is_relu;  // alone and of one dtype, for relu_tile
 
   explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.activation)) {
     dense = is_dense(g, g.a) && is_dense(g, g.b) && is_dense(g, g.u) && is_dense(g, g.du) &&
@@ -67,6 +68,8 @@ struct Job {
     in_registers = kInRegisters<C> && g.inner == 1 && dense && draws &&
                    (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
     streams = in_registers && streams_to(g.u, g.outer * g.features);
+    is_relu = g.activation == kReluActivation && !g.b.data && g.a.dtype == dtype &&
+              (!g.da.data || g.da.dtype == dtype);
   }
 
   DIP_HD void prefetch(const Place& p, int n) const {
@@ -115,23 +118,56 @@ struct Job {
     store_run<C>(args.u, p.at(args.u), n, u);
   }
 
-  // In parts, so that what is computed of one is still at hand for the next step, and the next
-  // one's lines come in the meantime.
+  // Relu in the loop that draws. The others in parts, so that what is computed of one is still at
+  // hand for the next step, and the next one's lines come in the meantime.
   void tile(const Place& p, const Polar& polar, const float* scale, float* acc) const {
+    const DType dtype = args.u.data ? args.u.dtype : args.du.dtype;
+    if (is_relu) {
+      if (dtype == DType::kFloat32) relu_tile<float>(p, polar, scale, acc);
+      else relu_tile<BFloat16Bits>(p, polar, scale, acc);
+      return;
+    }
     for (int begin = 0; begin < kTile; begin += kPart) {
       const Place part{p.outer, p.feature + begin, p.inner};
       if (!args.u.data) {
         gradients(part, kPart);
-        if (args.du.dtype == DType::kFloat32) sum_of<float>(p, polar, begin, scale, acc);
+        if (dtype == DType::kFloat32) sum_of<float>(p, polar, begin, scale, acc);
         else sum_of<BFloat16Bits>(p, polar, begin, scale, acc);
         continue;
       }
       alignas(64) C y[kPart];
       values(part, kPart, y);
       if (streams) write_of<float, true>(p, polar, begin, y, scale);
-      else if (args.u.dtype == DType::kFloat32) write_of<float, false>(p, polar, begin, y, scale);
+      else if (dtype == DType::kFloat32) write_of<float, false>(p, polar, begin, y, scale);
       else write_of<BFloat16Bits, false>(p, polar, begin, y, scale);
     }
+  }
+
+  template <class T>
+  void relu_tile(const Place& p, const Polar& polar, const float* scale, float* acc) const {
+    const T* a = static_cast<const T*>(args.a.data) + p.at(args.a);
+    const auto nothing = [](int) {};
+    if (args.u.data) {
+      T* u = static_cast<T*>(args.u.data) + p.at(args.u);
+      const auto y = [a](int at) {
+        const One::F x = One::load(a + at);
+        return One::where_positive(x, x);
+      };
+      if constexpr (sizeof(T) == 4) {
+        if (streams)
+          return use_tile<T, Writes::kProjection, false, true>(polar, y, a, u, scale, acc, nothing);
+      }
+      return use_tile<T, Writes::kProjection, false, false>(polar, y, a, u, scale, acc, nothing);
+    }
+    const T* du = static_cast<const T*>(args.du.data) + p.at(args.du);
+    T* da = static_cast<T*>(args.da.data) + p.at(args.da);
+    const auto gradient = [&](int at) {
+      return One::where_positive(One::load(a + at), One::load(du + at));
+    };
+    use_tile<T, Writes::kNothing, true, false>(polar, nothing, du, da, scale, acc, [&](int i) {
+      for (int at = i; at < i + 2 * V::kLanes; at += 2 * One::kLanes)
+        One::store_pair(da + at, gradient(at), gradient(at + One::kLanes));
+    });
   }
 
   // The lines of the next part that lie where columns i on of the tile at p lie in this one.
@@ -157,17 +193,18 @@ struct Job {
   void sum_of(const Place& p, const Polar& polar, int begin, const float* scale, float* acc) const {
     const T* du = static_cast<const T*>(args.du.data) + p.at(args.du);
     const auto ahead = [&](int i) { prefetch_next(p, i); };
-    use_tile<T, T, Writes::kNothing, true, false>(
-        polar, du, du, nullptr, scale, acc, ahead, begin, begin + kPart);
+    use_tile<T, Writes::kNothing, true, false>(
+        polar, nullptr, du, nullptr, scale, acc, ahead, begin, begin + kPart);
   }
 
   template <class T, bool kStream>
   void write_of(
       const Place& p, const Polar& polar, int begin, const float* y, const float* scale) const {
     T* u = static_cast<T*>(args.u.data) + p.at(args.u);
+    const auto x = [&](int at) { return One::load(y + at - begin); };
     const auto ahead = [&](int i) { prefetch_next(p, i); };
-    use_tile<float, T, Writes::kProjection, false, kStream>(
-        polar, y, nullptr, u, scale, nullptr, ahead, begin, begin + kPart);
+    use_tile<T, Writes::kProjection, false, kStream>(
+        polar, x, nullptr, u, scale, nullptr, ahead, begin, begin + kPart);
   }
 };
 

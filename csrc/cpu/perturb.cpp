@@ -59,17 +59,19 @@ struct Job {
   template <class T, bool kStream>
   void tile_of(const Place& p, const Polar& polar, const float* scale, float* acc) const {
     const PerturbArgs& a = args;
-    const T *x = static_cast<const T*>(a.x.data) + p.at(a.x),
-            *du = static_cast<const T*>(a.du.data) + p.at(a.du);
+    const T* du = static_cast<const T*>(a.du.data) + p.at(a.du);
     T* u = static_cast<T*>(a.u.data) + p.at(a.u);
+    const auto x = [from = static_cast<const T*>(a.x.data) + p.at(a.x)](int at) {
+      return One::load(from + at);
+    };
     const auto nothing = [](int) {};
     if (!acc && a.x.data)
-      use_tile<T, T, Writes::kProjection, false, kStream>(polar, x, du, u, scale, acc, nothing);
+      use_tile<T, Writes::kProjection, false, kStream>(polar, x, du, u, scale, acc, nothing);
     else if (!acc)
-      use_tile<T, T, Writes::kNoise, false, kStream>(polar, x, du, u, scale, acc, nothing);
+      use_tile<T, Writes::kNoise, false, kStream>(polar, x, du, u, scale, acc, nothing);
     else if (!a.u.data)
-      use_tile<T, T, Writes::kNothing, true, false>(polar, x, du, u, scale, acc, nothing);
-    else use_tile<T, T, Writes::kProjection, true, false>(polar, x, du, u, scale, acc, nothing);
+      use_tile<T, Writes::kNothing, true, false>(polar, x, du, u, scale, acc, nothing);
+    else use_tile<T, Writes::kProjection, true, false>(polar, x, du, u, scale, acc, nothing);
   }
 };
 

@@ -65,6 +65,10 @@ struct Avx512 {
   static DIP_HD F int_to_float(U a) { return _mm512_cvtepi32_ps(a); }
   static DIP_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static DIP_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  // y where x > 0 or x is a NaN, else 0.
+  static DIP_HD F where_positive(F x, F y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), y);
+  }
 
   // In the lanes that store_words needs.
   static DIP_HD U load_counters(const uint32_t* p) {
@@ -176,6 +180,9 @@ struct Avx2 {
   static DIP_HD F int_to_float(U a) { return _mm256_cvtepi32_ps(a); }
   static DIP_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static DIP_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static DIP_HD F where_positive(F x, F y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NLE_UQ), y);
+  }
 
   static DIP_HD U load(const uint32_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -309,6 +316,7 @@ struct Portable : ScalarLane {
   static DIP_HD U load_counters(const uint32_t* p) { return *p; }
   static DIP_HD void store(uint32_t* p, U a) { *p = a; }
   static DIP_HD void store(float* p, F a) { *p = a; }
+  static DIP_HD F where_positive(F x, F y) { return x <= 0 ? 0 : y; }
   static DIP_HD void store_words(uint32_t* p, const U w[4]) {
     for (int t = 0; t < 4; ++t) p[t] = w[t];
   }

@@ -136,10 +136,6 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "expectation.cpp: a thread also takes the first tile of the next part",
         "Both compute it from the same numbers; past the last part there are no rows.",
     ),
-    "a1c7b760aa": (
-        "draw.h: which columns are asked for ahead",
-        "What is called there only prefetches, which changes the speed only.",
-    ),
     "1b028ccedf": (
         "backends.py: the device and the backend that runs on it, swapped",
         'The device is "cuda" there, and so is the backend.',
