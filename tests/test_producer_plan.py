@@ -932,16 +932,19 @@ def test_check_passes_a_layer_that_was_taken_out_beside_producers():
 PLACES = pytest.mark.parametrize("options", [{}, at_producers([X])], ids=["input", "producer"])
 
 
+@pytest.mark.parametrize("wrapped", [lambda model: model, torch.compile], ids=["", "compiled"])
 @PLACES
 @pytest.mark.parametrize(
     "head", [lambda: nn.Linear(12, 3), lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(12, 3))]
 )
-def test_a_new_head_behind_a_producer_is_not_noised_again(options, head):
-    model = dip.convert(net(), **at_producers([X]), exclude=["stem"])
-    model.head = head()
+def test_a_new_head_behind_a_producer_is_not_noised_again(options, head, wrapped):
+    plain = net()
+    model = dip.convert(wrapped(plain), **at_producers([X]), exclude=["*stem"])
+    plain.head = head()
     dip.convert(model, **options)
-    assert list(dip_layers(model)) == ["stem", "norm", "act"]
-    assert moved(dip.summary(model, [X]).plan) == {"norm": ("a", "b"), "act": ("head",)}
+    assert list(dip_layers(plain)) == ["stem", "norm", "act"]
+    if model is plain:
+        assert moved(dip.summary(model, [X]).plan) == {"norm": ("a", "b"), "act": ("head",)}
 
 
 @PLACES
@@ -955,6 +958,32 @@ def test_a_producer_that_was_replaced_leaves_its_readers_to_the_next_conversion(
         dip.convert(model)
     dip.to_plain(model)
     assert list(dip_layers(dip.convert(model))) == ["stem", "a", "b", "head"]
+
+
+def test_a_layer_left_out_when_its_producer_was_replaced_is_noised_later():
+    model = dip.convert(net(), **at_producers([X]), exclude=["stem"])
+    model.act = nn.SiLU()
+    dip.convert(model, **at_producers([X]), exclude=["head"])
+    assert list(dip_layers(model)) == ["stem", "norm"]
+    assert list(dip_layers(dip.convert(model))) == ["stem", "norm", "head"]
+
+
+def test_a_part_of_the_model_knows_that_its_layers_read_noise():
+    model = dip.convert(net(), **at_producers([X]))
+    for part in (model.head, copy.deepcopy(model.head), nn.Sequential(model.head, nn.ReLU())):
+        with pytest.raises(ValueError, match="found none"):
+            dip.convert(part)
+
+
+def test_layers_that_an_insertion_renames_read_noise_as_before():
+    layers = nn.LayerNorm(8), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 8)
+    model = dip.convert(nn.Sequential(*layers), **at_producers([X]))
+    for _ in range(2):  # the second norm's layer has the name now that the first one's had
+        model.insert(0, nn.Identity())
+    with pytest.raises(ValueError, match="found none"):
+        dip.convert(model)
+    spreads = [row.ratio for row in dip.summary(model, [X])]
+    assert len(spreads) == 2 and dip.check(model, X)
 
 
 # ---- blocks of torch -----------------------------------------------------------------------------

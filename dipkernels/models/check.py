@@ -20,7 +20,7 @@ from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
 from ..noise import contexts
 from ..ops.dtensor import full
-from .marks import PLAN, remembered
+from .marks import CONVERTED, PLAN
 from .probe import around, eager, run_batch, untouched
 from .wrappers import unwrapped
 
@@ -145,7 +145,9 @@ def _replaced(model: nn.Module) -> dict[str, str]:
     without noise. But the readers of a producer that was replaced do.
     """
     found = {}
-    for root, prefix, names in remembered(model):
+    for prefix, root in model.named_modules():
+        if (names := vars(root).get(CONVERTED)) is None:
+            continue
         # a parent remembers its own children alone, the model every layer
         depth = max((name.count(".") for name in names), default=0)
         renamed = sum(name.count(".") <= depth for name in dip_layers(root)) >= len(names)

@@ -18,7 +18,6 @@ from .convertible import (
     Names,
     Types,
     alike,
-    base_layer,
     block_names,
     cannot,
     counts_as,
@@ -32,9 +31,8 @@ from .convertible import (
     shown_together,
     unnoised,
 )
-from .marks import NOISED_BY, PLAN
+from .marks import noised_where_made
 from .patterns import Patterns, around, strings
-from .wrappers import plain_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Choice:
     asked: dict[nn.Module, int]  # what `before` names, each with its feature dimension
     reasons: dict[nn.Module, str]  # why layers that are wanted cannot be converted
     matched: list[nn.Module]  # the layers that can
-    noised: dict[nn.Module, str]  # layers whose input a module noises, by its name
+    noised: dict[nn.Module, nn.Module | None]  # layers whose input the module noises
 
 
 def choose(
@@ -69,7 +67,7 @@ def choose(
         names.setdefault(module, []).append(name)
     excluded = _excluded(names, exclude)
     asked = _asked_before(names, before)
-    noised = _noised_where_made(names, kinds)
+    noised = noised_where_made(model)
     wanted = {
         module
         for module, every_name in names.items()
@@ -144,25 +142,6 @@ def _asked_before(names: Names, before: Sequence[str] | Mapping[str, int]) -> di
 
 def _every_name(names: Names) -> list[str]:
     return [name for every_name in names.values() for name in every_name]
-
-
-def _noised_where_made(names: Names, types: Types) -> dict[nn.Module, str]:
-    """The layers whose input, or that of the layer inside this adapter, is noised where it is made,
-    each with the name of what does so. By the plan of an earlier conversion too: a layer that took
-    the place of one reads that noise, and where the producer was replaced none does."""
-    marks = {m: vars(base_layer(m)).get(NOISED_BY) for m in names}
-    found = {m: producer for m, producer in marks.items() if producer is not None}
-    for root in [m for m in names if PLAN in vars(m)]:
-        modules = plain_names(root)
-        for row in vars(root)[PLAN].moved:
-            noises = getattr(modules.get(row.producer), "noises_output", False)
-            for reader in (modules[name] for name in row.layers if name in modules):
-                first = next((m for m in reader.modules() if is_candidate(m, types)), reader)
-                if noises:
-                    found[first] = row.producer
-                else:
-                    found.pop(first, None)
-    return found
 
 
 def _passes(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from .convertible import (
     twin_of,
     unnoised,
 )
-from .marks import NOISED_BY, PLAN, forget, remember
+from .marks import forget, remember
 from .patterns import Patterns, shared_groups, value_of_each
 from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import listed, probed
@@ -165,8 +164,6 @@ def convert(
     _warn_of_twice([names[m][0] for m in again])
     _warn_without_noise(choice)  # some make it an error: nothing has changed yet
     # From here on the model changes.
-    for module, producer in choice.noised.items():
-        base_layer(module).__dict__[NOISED_BY] = producer
     for module in staying:
         _become_dip(module, twin_of(module), variance_of[module], num_samples, features[module])
     for move in moves:
@@ -179,9 +176,7 @@ def convert(
     for group in groups:
         share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
-    remember(model)
-    if plan is not None:
-        model.__dict__[PLAN] = _with_earlier(model, plan, choice.noised.values())
+    remember(model, choice.noised, moved, plan)
     return model
 
 
@@ -327,15 +322,6 @@ def _placed(
     return find_moves(model, choice.names, choice.matched, stay, batches)
 
 
-def _with_earlier(model: nn.Module, plan: ProducerPlan, producers: Collection[str]) -> ProducerPlan:
-    """The plan, behind what an earlier conversion moved into these producers."""
-    earlier = vars(model).get(PLAN)
-    if earlier is None:
-        return plan
-    kept = tuple(row for row in earlier.moved if row.producer in producers)
-    return dataclasses.replace(plan, moved=kept + plan.moved)
-
-
 def _variances(
     init_variance: float | Mapping[str, float | Tensor], modules: dict[nn.Module, str]
 ) -> dict[nn.Module, Any]:
@@ -415,8 +401,7 @@ def _become_dip(
 ) -> None:
     plain = type(module)
     module.__class__ = twin
-    for name in ("forward", NOISED_BY):  # the plain class's; what noised its input is gone
-        module.__dict__.pop(name, None)
+    module.__dict__.pop("forward", None)  # the plain class's
     try:
         if twin is DIPMultiheadAttention:
             module._set_up(init_variance, num_samples)
@@ -438,7 +423,7 @@ def _become_dip(
 
 
 def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
-    """The move's module noises its output; the layers that read it are plain, and know it."""
+    """The move's module noises its output; the layers that read it stay plain."""
     if move.twin is not None:
         _become_dip(
             move.producer, move.twin, init_variance, num_samples, move.features, move.device
@@ -449,7 +434,6 @@ def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
     for layer in move.layers:
         if isinstance(layer, nn.MultiheadAttention):  # its out-projection is noised all the same
             _become_dip(layer, DIPMultiheadAttention, {}, num_samples, move.features)
-        layer.__dict__[NOISED_BY] = move.name
 
 
 def _device(module: nn.Module) -> torch.device:

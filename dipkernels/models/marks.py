@@ -3,60 +3,85 @@ conversion, `check` and saving."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
+from .convertible import TWINS, base_layer, is_candidate
 from .wrappers import plain_names
 
-# in the __dict__ of a model that was converted: the names of its DIP layers
-_CONVERTED = "_dip_converted"
+if TYPE_CHECKING:
+    from .place import ProducerPlan
+
+# in the __dict__ of a model that was converted, of all its DIP layers the names; and in that of
+# each parent of its own
+CONVERTED = "_dip_converted"
 PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
-# in that of a layer whose input is noised where it is made: the name of what makes it
-NOISED_BY = "_dip_noised_by"
+# in that of a layer whose input is noised where it is made: known in a part of the model too
+_READS_NOISE = "_dip_reads_noise"
 CONFIG = "_dip_config"  # in that of a model that a DIPConfig was applied to: the config
 # in that of a model of PEFT: {adapter: its variances} of those that are not active
 WAITING = "_dip_waiting"
 
 
-def remember(model: nn.Module) -> None:
+def remember(
+    model: nn.Module,
+    noised: Mapping[nn.Module, nn.Module | None],
+    moved: Iterable[nn.Module],
+    plan: ProducerPlan | None,
+) -> None:
     """Leave the names of its DIP layers with the model and with their parents, by which `check`
-    misses the replaced."""
+    misses the replaced; and what `noised_where_made` is to find: what it found before, and the
+    layers and plan of this conversion."""
     layers = tuple(dip_layers(model))
     inside: dict[str, list[str]] = {}
     for name in layers:
         parent, _, own = name.rpartition(".")
         inside.setdefault(parent, []).append(own)
     for parent, children in inside.items():
-        model.get_submodule(parent).__dict__[_CONVERTED] = tuple(children)
-    model.__dict__[_CONVERTED] = layers
+        model.get_submodule(parent).__dict__[CONVERTED] = tuple(children)
+    model.__dict__[CONVERTED] = layers
+    for module in model.modules():
+        module.__dict__.pop(_READS_NOISE, None)
+    for module in (*noised, *moved):
+        if not isinstance(module, DIPLayer):  # noised at its input too, because `before` names it
+            base_layer(module).__dict__[_READS_NOISE] = True
+    if plan is not None:
+        names, producers = plain_names(model), {*noised.values()} - {None}
+        earlier = getattr(vars(model).get(PLAN), "moved", ())
+        kept = [row for row in earlier if names.get(row.producer) in producers]
+        model.__dict__[PLAN] = dataclasses.replace(plan, moved=(*kept, *plan.moved))
 
 
 def forget(model: nn.Module) -> None:
     for module in model.modules():
-        for key in (_CONVERTED, PLAN, NOISED_BY, CONFIG, WAITING):
+        for key in (CONVERTED, PLAN, _READS_NOISE, CONFIG, WAITING):
             module.__dict__.pop(key, None)
 
 
-def readers_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    """The layers whose input a module noises where it makes it, by that module."""
-    found: dict[nn.Module, nn.Module] = {}
+def noised_where_made(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
+    """The layers, and the adapters around layers, whose input is noised where it is made, each with
+    the module that does so; None for one that is not known, as outside of the model.
+
+    By the mark that a layer keeps under any name; and by the plan, for the layer that took the
+    place of one reads that noise, and where the producer was replaced none does.
+    """
+    found: dict[nn.Module, nn.Module | None] = {
+        m: None for m in model.modules() if _READS_NOISE in vars(base_layer(m))
+    }
     for root in reversed([m for m in model.modules() if PLAN in vars(m)]):  # the innermost first
-        modules = plain_names(root)
-        for module in modules.values():
-            name = vars(module).get(NOISED_BY)
-            if name is not None and name in modules:
-                found.setdefault(module, modules[name])
-    readers: dict[nn.Module, list[nn.Module]] = {}
-    for module, producer in found.items():
-        readers.setdefault(producer, []).append(module)
-    return readers
-
-
-def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, tuple[str, ...]]]:
-    """(the module that was converted, its own name, the names in it of its layers) of every
-    one."""
-    for name, module in model.named_modules():
-        if _CONVERTED in vars(module):
-            yield module, name, vars(module)[_CONVERTED]
+        # a model that was compiled when it was converted has its wrapper's names in the plan
+        modules = {**plain_names(root), **dict(root.named_modules())}
+        for row in vars(root)[PLAN].moved:
+            producer = modules.get(row.producer)
+            noises = getattr(producer, "noises_output", False)
+            for reader in (modules[name] for name in row.layers if name in modules):
+                first = next((m for m in reader.modules() if is_candidate(m, (*TWINS,))), reader)
+                found.pop(first, None)
+                if noises and not isinstance(first, DIPLayer):
+                    found[first] = producer
+    return found

@@ -108,7 +108,6 @@ class Move:
     """A producer, the class that it becomes, and the layers whose projection it takes."""
 
     producer: nn.Module
-    name: str
     twin: type[Any] | None  # its DIP class; None of one that was there already
     features: int
     layers: tuple[nn.Module, ...]  # what reads it
@@ -245,7 +244,7 @@ class _Planner:
     ) -> Move | str:
         if isinstance(producer, DIPLayer):
             own = producer.log_variance
-            return Move(producer, self._name(producer), None, len(own), tuple(layers), own.device)
+            return Move(producer, None, len(own), tuple(layers), own.device)
         calls = self.watch.calls[producer]
         read_along = {dim for call in calls for dim in call.dims}
         dim = self.dims[layers[0]] if gated is not None else max(read_along, default=-1)
@@ -266,8 +265,7 @@ class _Planner:
             return reason
         twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
         around = gated and (gated.block, gated_block_type(type(gated.block), gated.parts))
-        name, where = self._name(producer), calls[0].device
-        return Move(producer, name, twin, features, tuple(layers), where, around)
+        return Move(producer, twin, features, tuple(layers), calls[0].device, around)
 
     def _module_reason(self, module: Any) -> str:
         if len(self.names[module]) > 1:

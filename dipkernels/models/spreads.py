@@ -19,7 +19,7 @@ from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .convertible import feature_dim_of
-from .marks import readers_of
+from .marks import noised_where_made
 from .probe import input_of, watch
 
 # values of an example below which it is measured how many of them are independent
@@ -180,14 +180,15 @@ def measured_spreads(
 
     first: is given what the layer reads that the batches reach first.
     """
-    layers, readers = need_layers(model), readers_of(model)
+    layers = need_layers(model)
     shown = {layer: name or "(root)" for name, layer in layers.items()}
     # What is called with a layer's input: it itself, or the layers that read what it noises, which
     # may be a part of what it makes (one token of all). Each with the feature dimension.
-    watched: dict[nn.Module, tuple[DIPLayer, int]] = {}
-    for layer in layers.values():
-        others = {m: (layer, feature_dim_of(m)) for m in readers.get(layer, [])}
-        watched |= others or {layer: (layer, layer.feature_dim)}
+    read = {m: by for m, by in noised_where_made(model).items() if isinstance(by, DIPLayer)}
+    watched: dict[nn.Module, tuple[DIPLayer, int]] = {
+        layer: (layer, layer.feature_dim) for layer in shown.keys() - read.values()
+    }
+    watched |= {m: (layer, feature_dim_of(m)) for m, layer in read.items()}
     seen: dict[DIPLayer, _Moments] = {}
     reached: dict[nn.Module, None] = {}  # in their order
 
