@@ -181,9 +181,8 @@ class _Planner:
         if len(made) < len(sources):
             beside = ", or tensors that differ" * isinstance(layer, nn.MultiheadAttention)
             return None, None, f"it reads the network's own input{beside}"
-        makers = [  # behind a dropout that training puts between, what eval mode reads
-            s.module if s.call is None else s.call.module for s in made if "dropout" not in s.op
-        ]
+        # behind a dropout that training puts between, what eval mode reads
+        makers = [s.module for s in made if "dropout" not in s.op]
         if makers and all(getattr(maker, "noises_output", False) for maker in makers):
             return makers[0], None, ""
         gated = self._gated(layer, made)
@@ -195,11 +194,11 @@ class _Planner:
             reason = f"its gated product in {where} calls {name}, which is no module"
             instead = _FUNCTIONS.get(name.rpartition(".")[2])
             return None, None, reason + (f": use {instead} to move it" if instead else "")
-        calls = [source.call for source in made if source.call is not None]
-        if len(calls) == len(made) and len({call.module for call in calls}) == 1:
-            return calls[0].module, None, self._layer_reason(layer)
+        producers: list[Any] = list(dict.fromkeys(s.module for s in made if s.call is not None))
+        if len(producers) == 1 and all(s.call is not None for s in made):
+            return producers[0], None, self._layer_reason(layer)
         # In training mode it reads something else than in eval mode: a dropout between.
-        for producer in dict.fromkeys(call.module for call in calls):
+        for producer in producers:
             for call in self.watch.calls[producer]:
                 if call.elsewhere is not None:
                     return producer, None, call.elsewhere
@@ -246,7 +245,7 @@ class _Planner:
             own = producer.log_variance
             return Move(producer, None, len(own), tuple(layers), own.device)
         calls = self.watch.calls[producer]
-        read_along = {dim for call in calls for dim in call.dims}
+        read_along = {dim for call in calls for _, dim in call.reads}
         dim = self.dims[layers[0]] if gated is not None else max(read_along, default=-1)
         features = features_of(layers[0])
         what = self._module_reason(producer) or self._form(producer, gated, features, dim)
@@ -293,11 +292,9 @@ class _Planner:
         return ""
 
     def _calls_reason(self, calls: list[Call], layers: list[nn.Module]) -> str:
-        readers = {layer for call in calls for layer in call.readers}
-        others = [
-            self._name(layer) for layer in self.dims if layer in readers and layer not in layers
-        ]
-        if len({frozenset(call.readers) for call in calls}) > 1:
+        readers = [{layer for layer, _ in call.reads} for call in calls]
+        others = {layer for each in readers for layer in each} - {*layers}
+        if any(each != readers[0] for each in readers):
             return (
                 "it is called in several places, and different layers read them: give each place "
                 "a module of its own"
@@ -306,10 +303,11 @@ class _Planner:
             if call.elsewhere is not None:
                 return call.elsewhere
         if others:
-            return f"it is read by {', '.join(others)} too, which has a projection of its own"
-        if any(count > 1 for call in calls for count in call.readers.values()):
+            names = ", ".join(self._name(layer) for layer in self.dims if layer in others)
+            return f"it is read by {names} too, which has a projection of its own"
+        if any(len(each) < len(call.reads) for each, call in zip(readers, calls)):
             return "a layer reads it twice in a pass, which would be two draws"
-        if len({dim for call in calls for dim in call.dims}) > 1:
+        if len({dim for call in calls for _, dim in call.reads}) > 1:
             return "its layers read it along different dimensions"
         return ""
 

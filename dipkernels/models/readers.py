@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -104,16 +104,13 @@ class World(NamedTuple):
 class Call:
     """One call of a module that may make a layer's input."""
 
-    module: nn.Module
     caller: nn.Module | None
     dtypes: tuple[torch.dtype | None, torch.dtype]  # of its input and its output
     device: torch.device  # of its output
     ndim: int
     world: World
-    # how often each layer read the output, in whatever shape
-    readers: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
-    # the feature dimensions that they read it along, counted from the last
-    dims: set[int] = dataclasses.field(default_factory=set)
+    # each layer that read the output, in whatever shape, and its feature dimension from the last
+    reads: list[tuple[nn.Module, int]] = dataclasses.field(default_factory=list)
     elsewhere: str | None = None  # what else reads it, as the end of a sentence
 
     def read_by(self, what: str) -> None:
@@ -126,7 +123,7 @@ class Made:
 
     ref: StorageWeakRef
     op: str  # the function that was called
-    module: nn.Module | None  # which called it
+    module: nn.Module | None  # which called it, or the candidate of the call
     number: int  # of this storage in the pass
     alike: bool = True  # whether what it was made of has its shape and dtype
     call: Call | None = None  # of a candidate, whose output it holds or a copy of that
@@ -255,7 +252,7 @@ class Watch(TorchDispatchMode):
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
         world = World.of(module, out)
-        made.call = Call(module, self._module(), (dtype, out.dtype), out.device, out.ndim, world)
+        made.call = Call(self._module(), (dtype, out.dtype), out.device, out.ndim, world)
         # What it is a copy of, as of a norm that computes in float32, is the module's own affair.
         made.layout, made.module, made.source = layout_of(out), module, None
         self.calls[module].append(made.call)
@@ -295,8 +292,7 @@ class Watch(TorchDispatchMode):
                 f"{self._shown(layer)} reads it with other features, or some entries twice"
             )
         else:
-            call.readers[layer] += 1
-            call.dims.add(dim - call.ndim)
+            call.reads.append((layer, dim - call.ndim))
             there, here = call.world, World.of(layer, x)
             if there.training != here.training:
                 call.read_by(f"one of it and {self._shown(layer)} stays in eval mode")
