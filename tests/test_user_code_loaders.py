@@ -273,6 +273,8 @@ def test_an_offloaded_layer_is_named_by_check_for_it_does_not_learn(tmp_path):
     assert list(dip.check(model, x, strict=False).faults) == ["2"]
     with pytest.raises(ValueError, match="2: it drew noise, and accelerate has offloaded it"):
         dip.check(model, x)
+    model.train()(x).sum().backward()
+    assert list(dip.check(model, strict=False).faults) == ["2"]
 
 
 def test_a_dispatched_model_goes_back_once_its_hooks_are_removed(tmp_path):

@@ -160,7 +160,8 @@ class Variance(nn.Module):
 
     def cannot_set(self) -> str | None:
         """Why log_variance cannot be set, as the end of a sentence; None where it can."""
-        if self.log_variance.is_meta:
+        lack = self.lack(self.log_variance)
+        if lack == "meta":
             return (
                 "on the meta device (offloaded, or not loaded yet): set it before the model is "
                 "dispatched"
@@ -170,7 +171,7 @@ class Variance(nn.Module):
                 "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before "
                 "deepspeed.initialize"
             )
-        if self.hides(self.log_variance):
+        if lack:
             return "kept elsewhere by FSDP1: set it before the model is wrapped"
         if "log_variance" in self._parameters:
             return None
@@ -239,17 +240,21 @@ class Variance(nn.Module):
         learns = torch.is_grad_enabled() and own.requires_grad
         return None if learns and not gathered.requires_grad else gathered
 
-    def hides(self, value: Tensor) -> bool:
-        """Whether what log_variance gave is a part of it or freed memory, as FSDP1 and ZeRO-3 leave
-        it between passes."""
+    def lack(self, value: Tensor) -> str:
+        """Why what log_variance gave has no numbers to read here: it is on the "meta" device (not
+        loaded yet, or offloaded by accelerate between calls), or they are "elsewhere", which leaves
+        a part or freed memory (FSDP1 and ZeRO-3 between passes); "" where it has."""
+        if value.is_meta:
+            return "meta"
         if not worlds.has_values(value):
-            return False
+            return ""
         freed = value.numel() > 0 and value.untyped_storage().size() == 0
-        return freed or value.numel() != self.num_features
+        return "elsewhere" if freed or value.numel() != self.num_features else ""
 
-    def require_whole(self, value: Tensor) -> None:
-        """Raise ValueError where `hides`."""
-        if self.hides(value):
+    def require_values(self, value: Tensor) -> None:
+        """Raise ValueError where there is a `lack` of them."""
+        lack = self.lack(value)
+        if lack == "elsewhere":
             raise ValueError(
                 f"log_variance: expected {self.num_features} values, got a part of them or freed "
                 "memory: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO-3 has them "
@@ -257,11 +262,7 @@ class Variance(nn.Module):
                 "summon_full_params of FSDP1, or inside "
                 "deepspeed.zero.GatheredParameters(list(model.parameters()))"
             )
-
-    def require_values(self, value: Tensor) -> None:
-        """Raise ValueError where what log_variance gave has none, or a part of them."""
-        self.require_whole(value)
-        if value.is_meta:
+        if lack:
             raise ValueError(
                 "log_variance: expected values, got none yet, for it is on the meta device: load "
                 "or move the model first (to_empty, load_state_dict(assign=True)). If the "
@@ -272,8 +273,7 @@ class Variance(nn.Module):
     def detached(self) -> Tensor:
         """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a
         collective."""
-        # accelerate's offload has it on meta, but for the time of a call.
-        offloaded = self.log_variance.is_meta and "forward" in self.__dict__
+        offloaded = self.log_variance.is_meta and "forward" in self.__dict__  # which loads it
         value = self() if offloaded else self.log_variance
         self.require_values(value)
         value = dtensor.full(value.detach())
