@@ -4,7 +4,6 @@ docs/models.md."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from ..ops.perturb import without_noise
 from . import tracing
 from .input import DIPInput
 from .inputs import undense
-from .layer import DIPLayer, ddp_waits, fresh, place_beside
+from .layer import BesideWeights, DIPLayer, ddp_waits, fresh
 from .linear import DIPLinear
-from .variance import device_of_variance
+from .variance import Variance, device_of_variance
 
 
 class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
@@ -42,7 +41,7 @@ class DIPInProjection(DIPInput):
         return fresh(self, input, worlds.autocast_dtype(input), sample, seed)
 
 
-class DIPMultiheadAttention(nn.MultiheadAttention):
+class DIPMultiheadAttention(BesideWeights, nn.MultiheadAttention):
     """nn.MultiheadAttention with noise in training: on query, key and value, and on the input of
     the out-projection.
 
@@ -133,24 +132,10 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     def _parts(self) -> list[DIPLayer]:
         return [m for m in self._modules.values() if isinstance(m, DIPLayer)]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        empty = self._is_meta()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if recurse and empty and not self._is_meta():
-            for part in self._parts():
-                part.variance.start_anew()
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any
-    ) -> None:
-        layers: dict[str, Any] = {name: self._modules.get(name) for name in in_projections(self)}
-        found = {f"{name}.variance": m.variance for name, m in layers.items() if m is not None}
-        place_beside(self, found, state_dict, prefix, metadata)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
-
-    def _is_meta(self) -> bool:
-        return any(p.is_meta for p in self.parameters(recurse=False))
+    def _beside(self) -> dict[str, Variance]:
+        own = self._modules
+        parts: dict[str, Any] = {name: own[name] for name in in_projections(self) if name in own}
+        return {f"{name}.variance": part.variance for name, part in parts.items()}
 
     def forward(
         self,

@@ -4,7 +4,7 @@ docs/maths.md, section 1."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -34,7 +34,39 @@ else:
     Mixin = object
 
 
-class DIPLayer(Mixin):
+class BesideWeights(Mixin):
+    """A module with variances beside its weights: where those come from the meta device, whatever
+    brings them gives these their values too."""
+
+    def _beside(self) -> dict[str, Variance]:
+        """These variances by their names."""
+        raise NotImplementedError
+
+    def _is_empty(self) -> bool:
+        weights = (p for name, p in self.named_parameters() if not name.endswith("log_variance"))
+        return any(p.is_meta for p in weights)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        empty = self._is_empty()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse and empty and not self._is_empty():
+            for variance in self._beside().values():
+                variance.start_anew()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any
+    ) -> None:
+        # Before the children load, for they see their own names alone.
+        if metadata.get("assign_to_params_buffers", False) and self._is_empty():
+            given = (t for name, t in state_dict.items() if name.startswith(prefix))
+            found = [t for t in given if isinstance(t, Tensor) and not t.is_meta]
+            for name, variance in self._beside().items() if found else ():
+                variance.follow(state_dict, f"{prefix}{name}.", found[0].device)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
+
+class DIPLayer(BesideWeights):
     """What the DIP layers share: the child `variance`, the number of its stream, and when there is
     noise."""
 
@@ -174,20 +206,12 @@ class DIPLayer(Mixin):
         self._keep_stream()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # now: what follows may change the tensor itself
-        empty = _is_meta(weight_of(self))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if recurse and empty and not _is_meta(weight_of(self)) and "variance" in self._modules:
-            self.variance.start_anew()
+        super()._apply(fn, recurse)
         self._keep_stream()
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any
-    ) -> None:
-        if "variance" in self._modules:
-            place_beside(self, {"variance": self.variance}, state_dict, prefix, metadata)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+    def _beside(self) -> dict[str, Variance]:
+        return {"variance": self.variance} if "variance" in self._modules else {}
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; refuses what torch's tensor-parallel styles do to a layer with a variance
@@ -239,33 +263,6 @@ def weight_of(module: Any) -> Any:
     if nn.utils.parametrize.is_parametrized(module, "weight"):
         return next(module.parametrizations["weight"].parameters(recurse=False), None)
     return getattr(module, "weight", None)
-
-
-def _is_meta(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_meta
-
-
-def place_beside(
-    owner: nn.Module,
-    variances: Mapping[str, Variance],
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: Any,
-) -> None:
-    """Where load_state_dict(assign=True) takes the owner's weights from the meta device, its
-    variances that the state dict does not name go to the same device as they do.
-
-    Before the children load, for they see their own names alone.
-    """
-    if not metadata.get("assign_to_params_buffers", False):
-        return
-    weights = [p for name, p in owner.named_parameters() if not name.endswith("log_variance")]
-    given = [t for name, t in state_dict.items() if name.startswith(prefix)]
-    found = next((t for t in given if isinstance(t, Tensor) and not t.is_meta), None)
-    if found is None or not any(p.is_meta for p in weights):
-        return
-    for name, variance in variances.items():
-        variance.follow(state_dict, f"{prefix}{name}.", found.device)
 
 
 def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | None:
