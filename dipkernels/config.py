@@ -25,6 +25,7 @@ from .models.patterns import Patterns, around, shared_groups, strings
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import Model, dip_layers, require_module
+from .nn.wrappers import plain_names
 from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
@@ -272,7 +273,7 @@ def apply(model: Model, config: DIPConfig, batches: Iterable[Any] | None = None)
 def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> None:
     """The first half of `apply`: what the model remembers, too."""
     require_order(model)
-    names = [name for name, _ in model.named_modules()]
+    names = plain_names(model)
     include = Patterns("include", config.include)
     include.all(*names)
     include.require_used(names)

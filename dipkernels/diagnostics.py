@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .arguments import described, integer, one_of, real
 from .models.probe import eval_mode, frozen
 from .models.spreads import measured_spreads
-from .nn.numbering import dip_layers, require_module
+from .nn.numbering import dip_layers, need_layers, require_module
 from .noise import contexts
 from .training.predict import check_average, predict, require_batch, tensor_output
 
@@ -355,7 +355,7 @@ def signal_to_noise(model: nn.Module, batches: Iterable[Any]) -> LayerNoises:
     """
     spreads = measured_spreads(model, batches)
     rows = LayerNoises()
-    for name, layer in dip_layers(model).items():
+    for name, layer in need_layers(model).items():
         noise = layer.variance.sigma.double().cpu().square().mean().item() / layer.num_samples
         rows.append(LayerNoise(name, spreads[name].square().mean().item(), noise))
     return rows

@@ -28,10 +28,10 @@ arguments worlds reference backends
 ops: draw activations pieces registry dtensor perturb row_blocks linear conv expectation gate norm
 functional producers
 noise: contexts guards seeds
-nn: decay variance inputs tracing layer sharing linear conv input twin norm activation numbering
+nn: wrappers decay variance inputs tracing layer sharing linear conv input twin norm activation numbering
 nn: attention
 distributed
-models: patterns convertible wrappers marks probe choose readers gated place check spreads parameters summary calibrate
+models: patterns convertible marks probe choose readers gated place check spreads parameters summary calibrate
 models: convert
 training: analytic trajectories predict objective certify
 reports

@@ -23,8 +23,9 @@ from ..models.convertible import base_layer, is_adapter
 from ..models.marks import WAITING
 from ..models.parameters import load_variances, variances
 from ..nn.layer import DIPLayer
-from ..nn.numbering import dip_layers
+from ..nn.numbering import dip_layers, named_layers
 from ..nn.twin import made_type
+from ..nn.wrappers import plain_names
 from ..noise.contexts import noise_off
 
 _INSIDE = "base_model.model."  # where a PeftModel has the model that it adapts
@@ -152,7 +153,7 @@ class _KeepsVariances(_Mixin):
 def _move_to_adapters(model: _KeepsVariances) -> None:
     """Over a layer that had noise without an adapter: the noise goes before the whole, base layer
     and adapter."""
-    inside = {n: base_layer(m) for n, m in model.named_modules() if is_adapter(m)}
+    inside = {n: base_layer(m) for n, m in plain_names(model).items() if is_adapter(m)}
     inside = {name: base for name, base in inside.items() if isinstance(base, DIPLayer)}
     if not inside:
         return
@@ -178,7 +179,7 @@ def _around(name: str) -> str:
 def _shares(model: nn.Module) -> list[list[str]]:
     """The groups of layers that share their noise, by their names."""
     groups: dict[Any, list[str]] = {}
-    for name, layer in dip_layers(model).items():
+    for name, layer in named_layers(model).items():
         if layer.share is not None:
             groups.setdefault(layer.share, []).append(name)
     return list(groups.values())
@@ -196,7 +197,7 @@ def _with_noise(model: PeftModel, unload: Callable[[], nn.Module]) -> nn.Module:
         return name.replace(".token_adapter", "")  # around a head tied to trained tokens
 
     state: dict[str, Tensor] = {plain(name): values for name, values in variances(model).items()}
-    noised = {plain(name): layer for name, layer in dip_layers(model).items()}
+    noised = {plain(name): layer for name, layer in named_layers(model).items()}
     share = [[plain(name) for name in group] for group in _shares(model)]
     samples = {name: layer.num_samples for name, layer in noised.items()}
     base = unload()

@@ -38,8 +38,8 @@ from ..config import (
 )
 from ..models.parameters import load_variances
 from ..models.probe import around, eval_mode, untouched
-from ..models.wrappers import plain_names
 from ..nn.variance import TENSORS, Variance
+from ..nn.wrappers import plain_names
 from ..noise import contexts
 from ..noise.contexts import noise_off
 from ..reports import metrics
@@ -171,7 +171,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not (fused and hasattr(model, "get_output_embeddings")):
             return config
         head = model.get_output_embeddings()
-        names = [name for name, module in model.named_modules() if module is head]
+        names = [name for name, module in plain_names(model).items() if module is head]
         more = [name for name in names if name not in config.exclude]
         return dataclasses.replace(config, exclude=(*config.exclude, *more))
 

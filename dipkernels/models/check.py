@@ -15,14 +15,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..nn.layer import DIPLayer, weight_of
-from ..nn.numbering import dip_layers, need_layers
+from ..nn.numbering import named_layers, need_layers
 from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
+from ..nn.wrappers import plain_names, unwrapped
 from ..noise import contexts
 from ..ops.dtensor import full
 from .marks import CONVERTED, PLAN
+from .patterns import around as around_name
 from .probe import around, eager, run_batch, untouched
-from .wrappers import unwrapped
 
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
@@ -101,7 +102,7 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
         >>> print(dip.check(model))
         check: 0 of 2 DIP layer(s) at fault
     """
-    layers = dip_layers(model)
+    layers = named_layers(model)
     replaced = _replaced(model)
     if not replaced:
         need_layers(model)
@@ -145,23 +146,23 @@ def _replaced(model: nn.Module) -> dict[str, str]:
     without noise. But the readers of a producer that was replaced do.
     """
     found = {}
-    for prefix, root in model.named_modules():
+    for prefix, root in plain_names(model).items():
         if (names := vars(root).get(CONVERTED)) is None:
             continue
         # a parent remembers its own children alone, the model every layer
         depth = max((name.count(".") for name in names), default=0)
-        renamed = sum(name.count(".") <= depth for name in dip_layers(root)) >= len(names)
+        renamed = sum(name.count(".") <= depth for name in named_layers(root)) >= len(names)
+        modules = plain_names(root, remove_duplicate=False)
         plan = vars(root).get(PLAN)
         producers = () if plan is None else [row.producer for row in plan.moved]
         for name in names:
             full_name = f"{prefix}.{name}".lstrip(".")
-            try:
-                module = root.get_submodule(name)
-            except AttributeError:
-                if not (renamed or _taken_out(root, name)):
+            if name not in modules:
+                if not (renamed or _taken_out(modules, name)):
                     found[full_name] = "is gone since it was converted"
                 continue
-            if isinstance(unwrapped(module), DIPLayer):  # compiled or checkpointed by itself
+            module = modules[name]
+            if isinstance(module, DIPLayer):
                 continue
             kind = f"{type(module).__module__}.{type(module).__name__}"
             if any(isinstance(inner, DIPLayer) for inner in module.modules()):
@@ -176,13 +177,10 @@ def _replaced(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _taken_out(root: nn.Module, name: str) -> bool:
+def _taken_out(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether the innermost module of this name that is still there is a list of modules."""
-    for own in name.split("."):
-        if own not in root._modules:
-            break
-        root = root.get_submodule(own)
-    return isinstance(root, _LISTS)
+    last = [outer for outer in around_name(name) if outer in modules][-1]
+    return isinstance(modules[last], _LISTS)
 
 
 # ---- by the gradients that are there -------------------------------------------------------------

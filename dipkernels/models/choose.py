@@ -12,6 +12,7 @@ from torch import nn
 from ..arguments import integer
 from ..nn.attention import DIPMultiheadAttention
 from ..nn.numbering import dip_layers, require_module
+from ..nn.wrappers import plain_names
 from .convertible import (
     OUT_PROJECTION,
     TWINS,
@@ -63,7 +64,7 @@ def choose(
     kinds = _kinds(types)
     _refuse_wrapped(model)
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_names(model, remove_duplicate=False).items():
         names.setdefault(module, []).append(name)
     excluded = _excluded(names, exclude)
     asked = _asked_before(names, before)

@@ -67,7 +67,8 @@ def convert(
 
     A layer gets another class and a child `variance`. Modules keep their identity, hooks and
     Parameters; shared modules stay shared. Name patterns are those of Python's fnmatch, compared
-    with full names: `"head"`, `"*.down_proj"`, `"blocks.0*"`.
+    with full names: `"head"`, `"*.down_proj"`, `"blocks.0*"`. A name is that in the model itself,
+    whatever has wrapped it or a part of it: torch.compile, checkpoint_wrapper, DDP.
 
     Args:
         model: Any module, also a single layer. A second call converts the layers that are still

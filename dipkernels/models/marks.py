@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..nn.layer import DIPLayer
-from ..nn.numbering import dip_layers
+from ..nn.wrappers import plain_names
 from .convertible import TWINS, base_layer, is_candidate
-from .wrappers import plain_names
 
 if TYPE_CHECKING:
     from .place import ProducerPlan
@@ -37,24 +36,26 @@ def remember(
     """Leave the names of its DIP layers with the model and with their parents, by which `check`
     misses the replaced; and what `noised_where_made` is to find: what it found before, and the
     layers and plan of this conversion."""
-    layers = tuple(dip_layers(model))
+    modules = plain_names(model)
+    layers = tuple(name for name, module in modules.items() if isinstance(module, DIPLayer))
     inside: dict[str, list[str]] = {}
     for name in layers:
         parent, _, own = name.rpartition(".")
         inside.setdefault(parent, []).append(own)
     for parent, children in inside.items():
-        model.get_submodule(parent).__dict__[CONVERTED] = tuple(children)
-    model.__dict__[CONVERTED] = layers
-    for module in model.modules():
+        modules[parent].__dict__[CONVERTED] = tuple(children)
+    root = modules[""]
+    root.__dict__[CONVERTED] = layers
+    for module in modules.values():
         module.__dict__.pop(_READS_NOISE, None)
     for module in (*noised, *moved):
         if not isinstance(module, DIPLayer):  # noised at its input too, because `before` names it
             base_layer(module).__dict__[_READS_NOISE] = True
     if plan is not None:
-        names, producers = plain_names(model), {*noised.values()} - {None}
-        earlier = getattr(vars(model).get(PLAN), "moved", ())
-        kept = [row for row in earlier if names.get(row.producer) in producers]
-        model.__dict__[PLAN] = dataclasses.replace(plan, moved=(*kept, *plan.moved))
+        producers = {*noised.values()} - {None}
+        earlier = getattr(vars(root).get(PLAN), "moved", ())
+        kept = [row for row in earlier if modules.get(row.producer) in producers]
+        root.__dict__[PLAN] = dataclasses.replace(plan, moved=(*kept, *plan.moved))
 
 
 def forget(model: nn.Module) -> None:
@@ -74,8 +75,7 @@ def noised_where_made(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
         m: None for m in model.modules() if _READS_NOISE in vars(base_layer(m))
     }
     for root in reversed([m for m in model.modules() if PLAN in vars(m)]):  # the innermost first
-        # a model that was compiled when it was converted has its wrapper's names in the plan
-        modules = {**plain_names(root), **dict(root.named_modules())}
+        modules = plain_names(root)
         for row in vars(root)[PLAN].moved:
             producer = modules.get(row.producer)
             noises = getattr(producer, "noises_output", False)

@@ -13,9 +13,9 @@ from ..nn.inputs import undense
 from ..nn.numbering import need_layers, require_module
 from ..nn.sharing import orphans
 from ..nn.variance import TENSORS, Variance, require_finite_values
+from ..nn.wrappers import plain_names, without_wrappers
 from ..ops import dtensor
 from .check import require_finite
-from .wrappers import plain_names, without_wrappers
 
 
 def param_groups(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.numbering import need_layers
+from ..nn.wrappers import inmost
 from .check import require_finite
 from .marks import PLAN
 from .place import ProducerPlan
@@ -88,7 +89,7 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     if batches is not None:
         measured_spreads(model, batches)
     rows = Summary()
-    rows.plan = vars(model).get(PLAN)
+    rows.plan = vars(inmost(model)).get(PLAN)
     for name, layer in layers.items():
         sigma, spread, ratio = layer.variance.sigma.double().cpu(), layer.variance.spread, None
         if spread is not None:

@@ -13,6 +13,7 @@ from .. import worlds
 from ..noise import contexts
 from .layer import MAX_LAYERS, DIPLayer
 from .sharing import Share, adopt
+from .wrappers import plain_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,9 +36,15 @@ def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DIPLayer)}
 
 
+def named_layers(model: nn.Module) -> dict[str, DIPLayer]:
+    """`dip_layers` by the names that patterns and tables have: without those of wrappers."""
+    require_module(model)
+    return {name: m for name, m in plain_names(model).items() if isinstance(m, DIPLayer)}
+
+
 def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
-    """`dip_layers`. Raises ValueError where there are none."""
-    layers = dip_layers(model)
+    """`named_layers`. Raises ValueError where there are none."""
+    layers = named_layers(model)
     if not layers:
         raise ValueError("model: expected DIP layers, found none; convert it first")
     return layers

@@ -24,7 +24,7 @@ from ..models.place import activation_kind, may_produce
 from ..models.probe import around, input_of
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
-from ..nn.numbering import dip_layers
+from ..nn.numbering import named_layers
 from ..noise import contexts
 from ..ops import expectation
 
@@ -241,14 +241,14 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             whose modules noise their output, convert(place="producer").
     """
     producers = [
-        name or "(root)" for name, layer in dip_layers(model).items() if layer.noises_output
+        name or "(root)" for name, layer in named_layers(model).items() if layer.noises_output
     ]
     if producers:
         raise ValueError(
             f"model: method='analytic' takes layers that noise their own input, got {producers} "
             "that noise their output (convert with place='producer'). Use method='sample'"
         )
-    mode = _Expectations(dip_layers(model))
+    mode = _Expectations(named_layers(model))
 
     def enter(*call: object) -> None:
         mode.inside += 1
@@ -286,7 +286,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
-        for name, layer in dip_layers(model).items():
+        for name, layer in named_layers(model).items():
             if isinstance(layer, DIPLinear):
                 stack.enter_context(around(layer, enter, behind_linear(name)))
             else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..arguments import described, integer, real
 from ..models.probe import around, eval_mode, for_each, input_of, run_batch, watch
 from ..nn.layer import DIPLayer
-from ..nn.numbering import dip_layers
+from ..nn.numbering import named_layers
 from .predict import logits_of, predict, require_batch
 
 ABSTAIN = -1
@@ -141,7 +141,7 @@ def lower_bound(successes: int, trials: int, confidence: float) -> float:
 
 
 def _input_sigma(model: nn.Module, x: Tensor) -> float:
-    layers = dip_layers(model)
+    layers = named_layers(model)
     if len(layers) != 1:
         raise ValueError(
             f"model: expected noise at its input alone, from one DIP layer, got {len(layers)}: "

@@ -31,12 +31,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(getattr(model, inner))
 
 
-def plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its name in the model that torch.compile, DDP and other wrappers hold."""
+def inmost(model: nn.Module) -> nn.Module:
+    """What all wrappers around it hold, Fabric's too: what the name "" stands for."""
+    inner = _inner(model)
+    return model if inner is None else inmost(getattr(model, inner))
+
+
+def plain_names(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
+    """Every module by its name in the model that torch.compile, DDP and other wrappers hold.
+
+    remove_duplicate: As for named_modules, by the first name alone.
+    """
     plain = {"": ""}
     inner: dict[str, str | None] = {}
     modules = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if name:
             parent, _, own = name.rpartition(".")
             dropped = inner[parent] == own

@@ -1,0 +1,110 @@
+"""Names are those of the plain model, whatever has wrapped it or a part of it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import dipkernels as dip
+
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+WRAPS = {
+    "compile": lambda m: torch.compile(m, backend="eager"),
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+}
+
+
+def network():
+    block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8))
+    return nn.Sequential(block, nn.Linear(8, 4))
+
+
+def whole(wrap):
+    return wrap(network())
+
+
+def parts(wrap):
+    model = network()
+    model[0][2] = wrap(model[0][2])
+    return nn.Sequential(wrap(model[0]), wrap(model[1]))
+
+
+def converted(model):
+    """By every argument that takes patterns."""
+    seen = []
+    dip.convert(
+        model,
+        {"0.1": 0.04, "1": 0.25, "*": 0.01},
+        exclude=["0.0"],
+        before=["0.1"],
+        share=[("0.2", "0.3")],
+        filter=lambda module, name: seen.append(name) or True,
+        batches=[X],
+    )
+    ratio = {"0.1": 0.5, "0.*": 2.0, "1": 1.0}
+    rows = dip.calibrate(model, [X], ratio=ratio)
+    start = {row.name: row.sigma_mean for row in dip.summary(model)}
+    noises = [row.name for row in dip.diagnostics.signal_to_noise(model, [X])]
+    faults = dip.check(model, X, strict=False).faults
+    return seen, [row.name for row in rows], start, noises, faults, list(dip.variances(model))
+
+
+@pytest.mark.parametrize("where", [whole, parts])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_patterns_match_and_tables_show_the_names_of_the_plain_model(wrap, where):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = converted(network())
+    assert plain[1] == ["0.1", "0.2", "0.3", "1"]
+    assert plain[4] == {}
+    torch.manual_seed(0)
+    assert converted(where(wrap)) == plain
+
+
+@pytest.mark.parametrize("where", [whole, parts])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_what_was_wrapped_after_it_was_converted_has_the_same_names(wrap, where):
+    torch._dynamo.reset()
+    model = where(lambda module: wrap(dip.convert(module)))
+    assert [row.name for row in dip.calibrate(model, [X], {"0.*": 0.5, "1": 1.0})] == [
+        *("0.0", "0.2", "0.3"),
+        "1",
+    ]
+    assert not dip.check(model, X, strict=False).faults
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_layer_that_was_replaced_is_named_and_one_that_was_wrapped_is_none(wrap):
+    torch._dynamo.reset()
+    model = dip.convert(network())
+    model[0] = wrap(model[0])
+    assert not dip.check(model, X, strict=False).faults
+    model[1] = wrap(nn.Linear(8, 4))
+    assert list(dip.check(model, X, strict=False).faults) == ["1"]
+    model = dip.convert(whole(wrap))
+    model.get_submodule(next(n for n, _ in model.named_children()))[1] = nn.Linear(8, 4)
+    assert list(dip.check(model, X, strict=False).faults) == ["1"]
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_plan_of_a_wrapped_model_is_shown_and_known_to_a_second_conversion(wrap):
+    torch._dynamo.reset()
+    model = whole(wrap)
+    dip.convert(model, {"0.1": 0.04, "*": 0.01}, place="producer", batches=[X])
+    summary = dip.summary(model)
+    assert "0.1 (LayerNorm) -> 0.2" in str(summary)
+    assert [row.name for row in summary] == ["0.0", "0.1", "0.3", "1"]
+    assert str(dip.summary(checkpoint_wrapper(model))) == str(summary)
+    with pytest.raises(ValueError, match="are DIP layers already"):
+        dip.convert(model)
+
+
+def test_a_config_matches_the_names_of_the_plain_model():
+    torch._dynamo.reset()
+    config = dip.DIPConfig(include=["0"], exclude=["0.3"], ratio={"0.0": 0.5, "0.2": 1.0})
+    model = dip.apply(whole(WRAPS["compile"]), config, [X])
+    assert [row.name for row in dip.summary(model)] == ["0.0", "0.2"]
+    with pytest.raises(ValueError, match="names like them"):
+        dip.convert(network(), exclude=["_orig_mod.0.3"])
