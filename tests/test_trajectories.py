@@ -336,6 +336,24 @@ def test_predict_refuses_to_stack_an_object_of_which_it_would_give_the_first(k):
         predict(model, X, k=k, average=None)
 
 
+@pytest.mark.parametrize("average", ["probs", "sigmoid", "logits"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_predict_averages_the_logits_of_an_object_of_any_class(average, chunk):
+    class Held(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return types.SimpleNamespace(logits=self.inner(x))
+
+    inner, x = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(5, 4)
+    with dip.fixed_noise(3):
+        want = dip.predict(inner, x, k=4, chunk=chunk, average=average)
+        got = dip.predict(Held(inner), x, k=4, chunk=chunk, average=average)
+    assert torch.equal(got, want)
+
+
 def test_predict_refuses_a_plain_model_and_an_output_without_logits():
     with pytest.raises(ValueError, match=r"^average: expected one of .*, got 'mean'"):
         predict(mlp(), X, average="mean")

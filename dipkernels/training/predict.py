@@ -114,9 +114,14 @@ def predict(
     warn_of_equal_numbers(model)
     if k > 0 and not worlds.tracing():
         require_finite(layers)
-    run: Callable[..., Any] = model
+    call: Callable[..., Any] = model
     if method == "analytic":
-        run, k = functools.partial(analytic.expected, model), 0
+        call, k = functools.partial(analytic.expected, model), 0
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = call(*args, **kwargs)
+        return out if average is None else logits_of(out)  # of an object of any class
+
     parts: list[Any] = []
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
