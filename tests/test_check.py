@@ -3,6 +3,7 @@ nothing."""
 
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -456,3 +457,56 @@ def test_a_sharded_model_is_checked_by_its_gradients_alone(one_rank):
         dip.check(model, (X, Y))
     model(X, Y).backward()
     assert list(faults(model)) == ["head"]
+
+
+class HoldsItself(nn.Module):
+    """Whose output does, or has a part that does."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.a, self.b = make, nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x, batch=None):
+        return self.make(self.b(self.a(x).relu()))
+
+
+def a_dict(y):
+    out = {"logits": y, "parts": [y]}
+    out["parts"].append(out)
+    return out
+
+
+@dataclasses.dataclass
+class Part:
+    __slots__ = ("logits", "whole")
+    logits: torch.Tensor
+    whole: object
+
+
+def with_slots(y):
+    out = Part(y, None)
+    out.whole = {"again": out}
+    return out
+
+
+def an_object(y):
+    out = types.SimpleNamespace(logits=y)
+    out.itself = [out]
+    return out
+
+
+@pytest.mark.parametrize("make", [a_dict, with_slots, an_object])
+def test_outputs_and_batches_that_hold_themselves_are_looked_into_once(make):
+    batch = {"x": X}
+    batch["batch"] = batch
+    for place in ("input", "producer"):
+        model = dip.convert(HoldsItself(make), place=place, batches=None if place == "input" else X)
+        dip.calibrate(model, [batch])
+        assert dip.check(model, batch) and dip.check(model, X)
+    assert dip.predict(model, X, average="logits", chunk=2).shape == X[:, :4].shape
+    if make is an_object:  # which predict does not look into
+        return
+    with pytest.raises(ValueError, match=r"^output: expected .* do not hold themselves"):
+        dip.predict(model, X, average=None)
+    with pytest.raises(ValueError, match=r"^args\[0\]: expected .* do not hold themselves"):
+        dip.trajectories(model, make(X), m=2)

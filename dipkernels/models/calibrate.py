@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import worlds
@@ -20,7 +19,7 @@ from ..nn.variance import Variance
 from ..ops import dtensor
 from .parameters import check_settable, set_named
 from .patterns import value_of_each
-from .probe import around, each_batch, input_of
+from .probe import around, each_batch, input_of, leaves
 from .spreads import FEW, Examples, measured_spreads
 from .summary import Summary, summary
 
@@ -191,8 +190,8 @@ def calibrate(
         for batch in each_batch(batches):
             looked_up.clear()
             yield batch  # and the model runs on it
-            leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-            given = [leaf for leaf in leaves if _may_be_ids(leaf)]
+            parts = leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+            given = [part for part in parts if _may_be_ids(part)]
             # along a row, positions, time steps and types only rise
             fall = [ids for ids in looked_up if (ids.diff() < 0).any()]
             read = any(_same_ids(leaf, ids) for leaf in given for ids in fall)

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..nn.layer import DIPLayer, weight_of
@@ -23,7 +22,7 @@ from ..noise import contexts
 from ..ops.dtensor import full
 from .marks import CONVERTED, PLAN
 from .patterns import around as around_name
-from .probe import around, eager, run_batch, untouched
+from .probe import around, eager, leaves, run_batch, untouched
 
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
@@ -334,22 +333,16 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return run_batch(model, batch)
 
 
-def _with_contents(found: list[Any]) -> list[Any]:
-    """These, and what the objects among them hold: the mean in a policy's distribution."""
-    seen: set[int] = set()
-    for leaf in found:  # which grows meanwhile
-        if isinstance(leaf, (Tensor, nn.Module, type, ModuleType)) or id(leaf) in seen:
-            continue
-        seen.add(id(leaf))
-        found += pytree.tree_leaves(getattr(leaf, "__dict__", None))
-    return found
+def _opened(leaf: object) -> bool:
+    """Whether an object's contents may reach a loss: the mean in a policy's distribution."""
+    return not isinstance(leaf, (Tensor, nn.Module, ModuleType))
 
 
 def _reached(out: Any) -> set[int] | None:
     """The ids of the parameters that the loss, or where there is none any output, depends on; None
     where a reentrant checkpoint hides them, whose inside is in no graph yet."""
     loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    ends = [loss] if isinstance(loss, Tensor) else _with_contents(pytree.tree_leaves(out))
+    ends = [loss] if isinstance(loss, Tensor) else leaves(out, _opened)
     nodes: list[Any] = [t.grad_fn for t in ends if isinstance(t, Tensor)]
     seen: set[Any] = set()
     found: set[int] = set()

@@ -206,11 +206,25 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     )
 
 
-def leaves(out: Any) -> list[Any]:
-    """What a model's output is made of, also inside dataclasses."""
-    found = pytree.tree_leaves(out)
-    for leaf in [x for x in found if dataclasses.is_dataclass(x) and not isinstance(x, type)]:
-        found += pytree.tree_leaves(vars(leaf))
+def leaves(out: Any, opened: Callable[[Any], bool] = dataclasses.is_dataclass) -> list[Any]:
+    """What a batch or a model's output is made of, also inside the objects that `opened` says. What
+    is in it again, as a part that holds itself, is looked into once."""
+    seen: dict[int, Any] = {}  # which keeps each, so that its id stays its own
+    done: set[int] = set()
+
+    def again(part: Any) -> bool:
+        known = id(part) in seen
+        seen[id(part)] = part
+        return known
+
+    found = pytree.tree_leaves(out, is_leaf=again)
+    for leaf in found:  # which grows meanwhile
+        if id(leaf) in done or isinstance(leaf, type) or not opened(leaf):
+            continue
+        done.add(id(leaf))
+        fields = dataclasses.fields(leaf) if dataclasses.is_dataclass(leaf) else ()
+        parts = {f.name: getattr(leaf, f.name, None) for f in fields}  # of one with slots too
+        found += pytree.tree_leaves(parts | getattr(leaf, "__dict__", {}), is_leaf=again)
     return found
 
 

@@ -140,7 +140,10 @@ class _Fold:
         self.batch: int | None = None
 
     def __call__(self, value: Any, dims: Any, name: str) -> Any:
-        pairs, spec = _flat(value, is_leaf=_is_packed)
+        try:
+            pairs, spec = _flat(value, is_leaf=_is_packed)
+        except RecursionError:
+            raise _holds_itself(name, value) from None
         try:
             flat_dims = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
         except ValueError:
@@ -215,6 +218,13 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int, chunked: bool) -> Te
     return value.unflatten(0, (batch, m)).transpose(0, 1)
 
 
+def _holds_itself(name: str, value: object) -> ValueError:
+    return ValueError(
+        f"{name}: expected tensors in parts that do not hold themselves, got a "
+        f"{type(value).__name__} with such a part; leave that out"
+    )
+
+
 # No lambda in the call: the Dynamo of torch 2.10 cannot test one for truth, as pytree does.
 def _is_packed(part: Any) -> bool:
     return isinstance(part, PackedSequence)
@@ -232,7 +242,17 @@ def _flat(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[lis
 
 def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> Any:
     """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are
-    the first one's, and so is every part in which nothing changes: a config, a cache."""
+    the first one's, and so is every part in which nothing changes: a config, a cache.
+
+    Raises ValueError where a part holds itself.
+    """
+    try:
+        return _mapped(fn, outs, name)
+    except RecursionError:
+        raise _holds_itself(name, outs[0]) from None
+
+
+def _mapped(fn: Callable[..., Tensor], outs: tuple[Any, ...], name: str) -> Any:
     first = outs[0]
     if isinstance(first, Tensor):
         return fn(name, *outs)
@@ -245,7 +265,7 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
                 f"{len(pairs)} and others; call the model k times inside dip.sampling_on()"
             )
         leaves = [
-            map_tensors(fn, leaf, *(other[i] for other in others), name=name + pytree.keystr(path))
+            _mapped(fn, (leaf, *(other[i] for other in others)), name + pytree.keystr(path))
             for i, (path, leaf) in enumerate(pairs)
         ]
         if all(new is old for new, (_, old) in zip(leaves, pairs)):
@@ -259,7 +279,7 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
     else:
         return first
     contents = {
-        key: map_tensors(fn, *(get(out, key) for out in outs), name=name + path)
+        key: _mapped(fn, tuple(get(out, key) for out in outs), name + path)
         for key, path in paths.items()
     }
     if all(new is get(first, key) for key, new in contents.items()):
