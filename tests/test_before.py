@@ -638,3 +638,29 @@ def test_a_class_keeps_its_own_private_methods():
     y = plain(X)
     dip.convert(plain, before=[""], batches=[X])
     assert torch.equal(plain.eval()(X), y) and not torch.equal(plain.train()(X), y)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.double(),
+        lambda x: x.to(torch.bfloat16).float(),
+        lambda x: x.clone().view(-1, 8),
+        lambda x: x.transpose(0, 1).contiguous(),
+        lambda x: x.reshape(-1, 8).clone().double().contiguous(),
+    ],
+)
+def test_a_copy_or_a_cast_hides_no_noise_that_would_come_twice(read, device):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.rest = nn.Linear(8, 3), nn.Linear(8, 8)
+
+        def forward(self, x):
+            u = read(x)
+            return self.gate.to(u.dtype)(u), self.rest(x * 2), self.rest((x * 1).clone())
+
+    batch = X.view(2, 3, 8).to(device)
+    with pytest.warns(dip.DIPConversionWarning, match="get noise twice: 0.gate\\. "):
+        dip.convert(nn.Sequential(Reads()).to(device), before=["0"], batches=[batch])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..arguments import described
 from ..nn.twin import first_parameter
@@ -292,7 +293,7 @@ def probed(
             "None"
         )
     found: dict[nn.Module, int] = {}
-    given: dict[nn.Module, Tensor] = {}
+    given: dict[nn.Module, list[Tensor]] = {}  # each module's input, and copies of it
     again: dict[nn.Module, None] = {}
     parts = {module: set(module.modules()) for module in modules}
     inside = [m for m in layers if m not in modules and any(m in part for part in parts.values())]
@@ -300,14 +301,15 @@ def probed(
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = input_of(module, args, kwargs)
         whole = (m for m in given if m is not module and module in parts[m])
-        if any(_same(x, given[m]) for m in whole):
+        if any(_same(x, t) for m in whole for t in given[m]):
             again[module] = None
         if module in modules:
             name, dim = modules[module]
             found[module] = _features(name, dim, x, found.get(module))
-            given[module] = x
+            given[module] = [x]
 
-    with untouched(model):
+    copies = _Copies(given) if inside else contextlib.nullcontext()
+    with untouched(model), copies:
         watch(model, [*modules, *inside], observe, listed(batches))
     unreached = [name for module, (name, _) in modules.items() if module not in found]
     if unreached:
@@ -315,6 +317,27 @@ def probed(
             f"before: expected modules that the batches reach, none reached {unreached}"
         )
     return found, list(again)
+
+
+COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
+
+
+class _Copies(TorchDispatchMode):
+    """Adds to each list of tensors the copies and casts of all of one."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, given: dict[nn.Module, list[Tensor]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._given = given
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "").partition(".")[0] in COPIES:
+            for tensors in self._given.values():
+                if any(_same(args[0], t) for t in tensors):
+                    tensors.append(out)
+        return out
 
 
 def _same(x: object, y: Tensor) -> bool:

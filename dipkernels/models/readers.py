@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import worlds
 from .probe import (
+    COPIES,
     around,
     for_each,
     frozen,
@@ -31,7 +32,6 @@ from .probe import (
     untouched,
 )
 
-_COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
 _HOST_READS = ("data_ptr", "numpy", "tolist", "__array__", "__dlpack__")
 
@@ -322,7 +322,7 @@ class Watch(TorchDispatchMode):
             return out
         read = [(t, made) for t in given if (made := self._found(t)) is not None]
         source = None
-        copies = name in _COPIES and len(read) == len(outputs) == 1
+        copies = name in COPIES and len(read) == len(outputs) == 1
         if copies and outputs[0].is_floating_point():
             source = read[0][1], layout_of(read[0][0])
         elif not name.endswith("_like") and not name.startswith("new_"):  # which read a shape
