@@ -279,7 +279,8 @@ def probed(
     layers: Iterable[nn.Module] = (),
 ) -> tuple[dict[nn.Module, int], list[nn.Module]]:
     """The number of features of each module's input, from one pass in eval mode without noise; and
-    of the modules and layers those that read such an input as it came, inside another module.
+    of the modules and layers those that read such an input, or a copy or cast of it, inside another
+    module.
 
     modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
     not reach, an input that is no floating tensor, has no such dimension, or has other features in
