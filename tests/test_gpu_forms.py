@@ -1,8 +1,9 @@
 """benchmarks/gpucheck/forms.py: what it sets, it takes back; CUDA's part is stood in for."""
 
+import re
 from types import SimpleNamespace
 
-from source_support import module_at
+from source_support import ROOT, module_at
 
 from dipkernels import backends
 
@@ -27,3 +28,13 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
         "last block": 5,
     }
     assert state == [1]
+
+
+def test_every_form_is_compared_with_the_default():
+    """docs/gpu.md: each against today's form, which a run takes from the first of the settings."""
+    forms = module_at("benchmarks/gpucheck/forms.py")
+    source = (ROOT / "csrc" / "perturb_op.cpp").read_text()
+    (default,) = re.findall(r"kDefaultForms = (\d+);", source)
+    for settings in (forms.walk(), forms.column_sum()):
+        today = next(iter(settings.values()))
+        assert today.args == (int(default),)

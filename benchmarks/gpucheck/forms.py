@@ -31,10 +31,10 @@ def forms(bits: int) -> Iterator[None]:
 
 
 def walk() -> Settings:
-    """Rows from the first on, as before; P's from the last, the default; all from the last."""
+    """P's rows from the last on, the default; all from the first; all from the last."""
     named = {
-        "from the start": 0,
         "P from the end": P_FROM_END,
+        "from the start": 0,
         "from the end": P_FROM_END | SUMS_FROM_END,
     }
     return {name: functools.partial(forms, bits) for name, bits in named.items()}
