@@ -28,6 +28,18 @@ def one_row_raises(check):
     return [("one", lambda: {}), ("two", _raise), ("three", lambda: {})]
 
 
+def falls_back(check):
+    """Triton compiles no kernel of the second row, and another backend takes its place."""
+    backends = sys.modules["dipkernels.backends"] = type(sys)("dipkernels.backends")
+    backends.triton_problems = {"gate": "Triton cannot compile gate"}
+
+    def other_backend():
+        backends.triton_problems["norm"] = "Triton cannot compile norm"
+        return {"value": 2}
+
+    return [("one", lambda: {}), ("two", other_backend), ("three", lambda: {})]
+
+
 def half_a_row(check):
     return [
         ("one", lambda: {"variants": {"fine": {"seconds": 1.0}, "torn": {"error": "torn apart"}}})

@@ -98,7 +98,12 @@ def test_a_section_that_raises_costs_itself_alone(record):
 
 
 @pytest.mark.parametrize(
-    "section, word", [("one_row_raises", "as broken"), ("one_row_dies", "signal 11")]
+    "section, word",
+    [
+        ("one_row_raises", "as broken"),
+        ("one_row_dies", "signal 11"),
+        ("falls_back", "RuntimeError: Triton cannot compile norm"),
+    ],
 )
 def test_a_row_costs_itself_alone(record, section, word):
     found = run(record, section)[section]

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,20 @@ def device_is_lost() -> bool:
     return False
 
 
+@contextlib.contextmanager
+def every_kernel_compiles() -> Iterator[None]:
+    """Raise RuntimeError where Triton could not compile a kernel inside: dipkernels warns, and
+    another backend runs in its place."""
+
+    def problems() -> dict[str, str]:
+        return getattr(sys.modules.get("dipkernels.backends"), "triton_problems", {})
+
+    before = set(problems())
+    yield
+    if new := [said for op, said in problems().items() if op not in before]:
+        raise RuntimeError("; ".join(new))
+
+
 def run(check: Check, function: Callable[[Check], Rows]) -> int:
     """Every row in turn; returns the exit code."""
     entry = check.record.section(check.name)
@@ -111,7 +125,8 @@ def run(check: Check, function: Callable[[Check], Rows]) -> int:
         check.begin(name)
         begin = time.monotonic()
         try:
-            row = call()
+            with every_kernel_compiles():
+                row = call()
         except Exception as error:
             row = describe(error)
         check.add(name, {**row, "elapsed_s": round(time.monotonic() - begin, 3)})

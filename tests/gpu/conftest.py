@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpucheck.child import every_kernel_compiles
 
 
 def why_not():
@@ -18,3 +19,9 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def kernels_compile():
+    with every_kernel_compiles():
+        yield
