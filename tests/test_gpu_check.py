@@ -18,12 +18,22 @@ import gpu_check_support as support
 import pytest
 import torch
 from program_support import PYTHON, printed, program_at, ran
-from source_support import ROOT
+from source_support import ROOT, module_at
 
 PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
 
 import gpu_check  # noqa: E402
-from gpucheck import child, driver, kernels, layers, producers, report, sanitizer, tools  # noqa: E402
+from gpucheck import (  # noqa: E402
+    child,
+    driver,
+    kernels,
+    layers,
+    once,
+    producers,
+    report,
+    sanitizer,
+    tools,
+)
 from gpucheck.record import Record, row_errors, status  # noqa: E402
 
 from dipkernels import backends  # noqa: E402
@@ -394,6 +404,16 @@ def test_an_unknown_section_is_refused(arguments):
 def test_without_a_gpu_it_says_so(tmp_path):
     done = ran(PYTHON, PROGRAM, "--out", tmp_path)
     assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+def test_the_sanitizer_watches_what_tests_gpu_has_compiled(monkeypatch):
+    """Else Triton would compile for most of the section's time."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU's cases are others
+    kernels, linear = (module_at(f"tests/gpu/test_gpu_{name}.py") for name in ("kernels", "triton"))
+    marks = kernels.test_kernels_match_reference.pytestmark
+    (shapes,) = [mark.args[1] for mark in marks if mark.args[0] == "shape"]
+    assert set(once.SHAPES) <= set(shapes) and once.LINEAR in linear.CASES
 
 
 def test_a_section_needs_no_package_but_those_that_the_page_names():

@@ -18,6 +18,11 @@ from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation, expectation_bwd
 
 DRAW = Draw(1)
+# As tests/gpu has them: Triton compiles for a minute, and its cache then holds these. A shape, and
+# LINEAR's type, activation and samples.
+SHAPES = ((257, 72), (5, 9), (3, 24, 10, 6), (2, 13, 7, 7))
+LINEAR = ((33, 1009, 53), torch.bfloat16, "gelu", 2)
+LINEAR_DRAW = Draw(-1, 2**32 - 2, 3, 1, 0.5, True)
 
 
 def perturb(
@@ -33,13 +38,13 @@ def perturb(
 
 
 def linear(device: torch.device) -> None:
-    m, k, n = 33, 40, 24
-    options = {"device": device, "dtype": torch.float16}
+    (m, k, n), dtype, activation, num_samples = LINEAR
+    options = {"device": device, "dtype": dtype}
     x, weight, bias, dy = (torch.randn(*s, **options) for s in ((m, k), (n, k), (n,), (m, n)))
     seed, sigma = torch.tensor([1, 2], device=device), torch.ones(k, device=device)
-    kernels, num_samples = torch.ops.dipkernels_triton, 2
-    kernels.linear(x, weight, bias, sigma, seed, *DRAW[1:], num_samples, "relu", None)
-    kernels.linear_bwd(dy, x, weight, bias, sigma, seed, *DRAW[1:], num_samples, "relu")
+    kernels, how = torch.ops.dipkernels_triton, (*LINEAR_DRAW[1:], num_samples, activation)
+    kernels.linear(x, weight, bias, sigma, seed, *how, None)
+    kernels.linear_bwd(dy, x, weight, bias, sigma, seed, *how)
 
 
 def activation(device: torch.device) -> None:
@@ -66,7 +71,7 @@ def main(device: torch.device, overrun: bool) -> None:
     kinds += ["triton"] * triton
     for kind in kinds:
         with backends.backend(kind):
-            for shape in ((33, 40), (5, 23), (2, 24, 8), (2, 13, 7)):
+            for shape in SHAPES:
                 for dtype in (torch.bfloat16, torch.float32):
                     perturb(device, shape, dtype, overrun)
     if triton and not overrun:
