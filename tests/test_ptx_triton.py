@@ -322,9 +322,11 @@ def test_linear_names_what_is_wrong(change, error, match):
 
 @pytest.mark.parametrize("stride, vec", [(2**31 - 8, 8), (2**31, 1), (2**33, 1)])
 def test_strides_are_divided_by_8_where_32_bits_hold_them(stride, vec):
-    """What comes divided is multiplied again in 32 bits: rows further apart come as they are."""
+    """What comes divided is multiplied again in 32 bits: rows further apart, or longer ones, come as
+    they are."""
     x = torch.empty_strided((2, 5, 64), (stride, 64, 1), device="meta")
     assert tiles.tiling(-1, 0, 4096, torch.empty_like(x), x).vec == vec
+    assert tiles.tiling(-1, 0, 4096, torch.empty(stride, device="meta")).vec == vec
     assert linear._divided(0, 64, x[:, -1].stride(0)) == (vec, [64 // vec, stride // vec])
 
 

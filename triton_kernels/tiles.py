@@ -190,8 +190,8 @@ def tiling(dim: int, col0: int, elements: int, *operands: torch.Tensor | None) -
     if (rows_last and contiguous[0] is outer) or (not rows_last and outer[0] > inner[0]):
         outer, inner = inner, outer
     strides = [(outer[2][i], inner[2][i], t.stride(dim)) for i, t in enumerate(tensors)]
-    vectors = not rows_last and shift == 0 and k % 8 == 0
-    # A kernel multiplies again what was divided by 8, in 32 bits: a stride has to fit in them.
+    # A kernel multiplies again what was divided by 8, in 32 bits: K and strides have to fit them.
+    vectors = not rows_last and shift == 0 and k % 8 == 0 and k < 2**31
     vectors = vectors and all(
         col == 1 and (out | inn) % 8 == 0 and max(out, inn) < 2**31 for out, inn, col in strides
     )
