@@ -67,6 +67,25 @@ def test_variances_are_saved_with_the_adapter_and_load_with_it(tmp_path):
     assert equal(dip.variances(model), want)
 
 
+def test_an_adapter_without_variances_is_hot_swapped_and_they_follow(tmp_path):
+    swap = pytest.importorskip("peft.utils.hotswap").hotswap_adapter
+    model, served = adapted(), peft.get_peft_model(llama(), lora())
+    moved(model, 0.5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    model.eval().save_pretrained(tmp_path)
+    dip.to_plain(copy.deepcopy(model)).save_pretrained(tmp_path / "bare")
+    swap(served, tmp_path / "bare", "default", torch_device="cpu")
+    assert torch.equal(served.eval()(IDS).logits, model(IDS).logits)
+    other = adapted().eval()
+    swap(other, tmp_path / "bare", "default", torch_device="cpu")
+    assert not equal(dip.variances(other), dip.variances(model))
+    dip.load(other, tmp_path)
+    assert torch.equal(noisy(other), noisy(model))
+
+
 def test_two_adapters_have_variances_of_their_own(tmp_path):
     model = adapted()
     model.add_adapter("other", lora())
