@@ -220,6 +220,14 @@ def test_variances_that_an_assigned_checkpoint_lacks_go_where_its_weights_are(in
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
 
 
+def test_a_layer_without_weights_of_its_own_starts_beside_an_assigned_checkpoint():
+    with torch.device("meta"):
+        model = nn.Sequential(dip.DIPInput(6, init_variance=0.3), nn.Linear(6, 2))
+    plain = nn.Sequential(nn.Identity(), nn.Linear(6, 2))
+    model.load_state_dict(plain.state_dict(), assign=True)
+    assert torch.equal(values(model), torch.full((6,), math.log(0.3)))
+
+
 @pytest.mark.parametrize("read", [dip.variances, dip.summary, dip.metrics])
 def test_a_model_without_values_says_so(read):
     with torch.device("meta"):

@@ -318,41 +318,33 @@ class Variance(nn.Module):
                 self._fill(after)
         return self
 
-    def follow(self, state_dict: dict[str, Any], prefix: str, device: torch.device) -> None:
-        """Before a load by assignment, which takes the weights beside it from the meta device to
-        this one: add what the state dict lacks of its tensors, there."""
+    def follow(
+        self, state_dict: dict[str, Any], prefix: str, device: torch.device | None = None
+    ) -> None:
+        """Before a load by assignment, add what the state dict lacks of its tensors: those that
+        have no values yet; and all, on the device to which the weights beside it come from the meta
+        device."""
         for name, tensor in self._tensors().items():
-            key, away = prefix + name, not (is_dtensor(tensor) or tensor.device == device)
+            key, to = prefix + name, torch.device("cpu") if device is None else device
+            away = device is not None and not (is_dtensor(tensor) or tensor.device == device)
             # torch's set_model_state_dict gives the model's own tensor for what is missing
-            valueless = tensor.is_meta and getattr(state_dict.get(key, tensor), "is_meta", False)
-            if valueless or (away and key not in state_dict):
-                state_dict[key] = self._valued(name, device)
-
-    def _valued(self, name: str, device: torch.device) -> Tensor:
-        """This tensor on a device; where it has no values yet, what it starts at."""
-        tensor = self._tensors()[name]
-        if not tensor.is_meta:
-            return tensor.detach().to(device)
-        return dtensor.laid_out_as(self._initial(name).to(device), tensor, device)
+            if tensor.is_meta and getattr(state_dict.get(key, tensor), "is_meta", False):
+                state_dict[key] = dtensor.laid_out_as(self._initial(name).to(to), tensor, to)
+            elif away and key not in state_dict:
+                state_dict[key] = tensor.detach().to(to)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *errors: Any
     ) -> None:
-        absent, assigns = set(), metadata.get("assign_to_params_buffers", False)
-        for name, tensor in self._tensors().items():
-            key, valueless = prefix + name, assigns and tensor.is_meta
+        if metadata.get("assign_to_params_buffers", False):
+            self.follow(state_dict, prefix)
+        own = [prefix + name for name in self._tensors()]
+        absent = {key for key in own if key not in state_dict}
+        for key in own:
+            # With assign=True the tensor itself would become the parameter, half precision and all.
             value = state_dict.get(key)
-            # torch's set_model_state_dict fills in the model's own tensor for what is missing:
-            # nothing, on meta.
-            if key in state_dict and not (valueless and getattr(value, "is_meta", False)):
-                # With assign=True the tensor itself would become the parameter, half precision and
-                # all.
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    state_dict[key] = value if value.dtype.itemsize >= 4 else value.float()
-            elif valueless:
-                state_dict[key] = self._valued(name, torch.device("cpu"))
-            else:
-                absent.add(key)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                state_dict[key] = value if value.dtype.itemsize >= 4 else value.float()
         below = self.state_dict(prefix=prefix, keep_vars=True) if self._modules else {}
         for key, value in below.items():  # a parametrisation's tensors: they stay as they are too
             if key not in state_dict and key not in absent:
