@@ -304,3 +304,21 @@ def test_analytic_prediction_refuses_bad_arguments():
     ):
         with pytest.raises(ValueError, match=match):
             dip.predict(model, x, **options)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_analytic_prediction_takes_linear_layers_whose_weight_is_transposed(num_samples):
+    """transformers' Conv1D."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    plain = nn.Sequential(nn.Linear(8, 16), nn.GELU("tanh"), nn.Linear(16, 4))
+    transposed = nn.Sequential(conv1d(16, 8), nn.GELU("tanh"), conv1d(4, 16))
+    with torch.no_grad():
+        for ours, theirs in zip(transposed[::2], plain[::2]):
+            ours.weight.copy_(theirs.weight.t())
+            ours.bias.copy_(theirs.bias)
+    x, answers = torch.randn(3, 5, 8), []
+    for model in (plain, transposed):
+        dip.convert(model, {"0": torch.linspace(0.1, 2, 8), "*": 0.3}, num_samples=num_samples)
+        answers.append(dip.predict(model, x, method="analytic", average="logits"))
+    torch.testing.assert_close(*answers)
+    assert not torch.allclose(answers[0], dip.predict(plain, x, k=0, average="logits"), atol=1e-3)

@@ -79,8 +79,12 @@ def is_candidate(module: nn.Module, types: Types) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, a linear layer whose weight is transposed."""
-    kind = type(module)
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    return is_conv1d_type(type(module))
+
+
+def is_conv1d_type(kind: type | None) -> bool:
+    known = ("transformers.pytorch_utils", "Conv1D")
+    return kind is not None and (kind.__module__, kind.__name__) == known
 
 
 def is_adapter(module: nn.Module) -> bool:

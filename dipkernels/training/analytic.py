@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
+from ..models.convertible import is_conv1d_type
 from ..models.place import activation_kind, may_produce
 from ..models.probe import around, input_of
 from ..nn.layer import DIPLayer
@@ -218,11 +219,18 @@ class _Expectations(TorchFunctionMode):
         )
 
 
-def _variance(layer: DIPLinear) -> Tensor:
-    v = expectation.variance(layer.weight, layer._log_variance(), True)
+def _is_linear(layer: DIPLayer) -> bool:
+    """Whether it is a DIPLinear, or has the weight of one transposed, as transformers' Conv1D."""
+    return isinstance(layer, DIPLinear) or is_conv1d_type(getattr(layer, "plain_type", None))
+
+
+def _variance(layer: DIPLayer) -> Tensor:
+    weight: Any = layer.weight
+    weight = weight if isinstance(layer, DIPLinear) else weight.t()
+    v = expectation.variance(weight, layer._log_variance(), True)
     # "sample" averages its draws before the activation; "mean" behind it, where each draw has the
     # whole variance.
-    return v / layer.num_samples if layer.estimator == "sample" else v
+    return v if getattr(layer, "estimator", "sample") == "mean" else v / layer.num_samples
 
 
 def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -268,12 +276,12 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     def behind_linear(name: str) -> Callable[..., Tensor | None]:
         def hook(
-            layer: DIPLinear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+            layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Tensor | None:
             try:
                 if not isinstance(output, Tensor):
                     return None
-                if layer.activation is None:
+                if getattr(layer, "activation", None) is None:
                     mode.mark(output, _variance(layer), name)
                     return None
                 x = input_of(layer, args, kwargs)
@@ -287,7 +295,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
         for name, layer in named_layers(model).items():
-            if isinstance(layer, DIPLinear):
+            if _is_linear(layer):
                 stack.enter_context(around(layer, enter, behind_linear(name)))
             else:
                 stack.enter_context(around(layer, after=behind(name)))
