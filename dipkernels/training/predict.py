@@ -73,8 +73,8 @@ def predict(
             Memory grows with chunk, not with k.
         method: "sample", or "analytic", for MLPs and transformer blocks of linear layers: one
             deterministic pass in which every activation behind a DIPLinear is replaced by its exact
-            expectation over that layer's noise (docs/maths.md, section 7); without k and chunk. GPT-2's
-            Conv1D counts as a DIPLinear.
+            expectation over that layer's noise (docs/maths.md, section 7); without k and chunk.
+            GPT-2's Conv1D counts as a DIPLinear.
         dim: The dimension of the classes, for "probs". By default it is the last one, if the output
             is [B, K] or [B, T, K]. With more dimensions it must be given, such as 1 for a map [B,
             K, H, W].
