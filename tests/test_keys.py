@@ -123,7 +123,7 @@ def test_trainings_that_are_compared_under_one_key_are_not_told():
 
 
 def test_steps_without_noise_are_not_told():
-    """Nor, for the same reason, those of a compiled model, whose keys nobody sees."""
+    """Nor those of a compiled model that are outside of the context: nobody sees its keys."""
     model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.ones(2, 4)
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
     with no_warning():
@@ -182,3 +182,20 @@ def test_lbfgs_learns_a_key_that_stays_and_no_key_of_few_iterations():
     assert others > 3 * own
     own, others = losses(4, lambda step: step)
     assert others < 1.5 * own
+
+
+def test_a_compiled_training_under_one_key_is_told_where_its_steps_are_inside():
+    """Nobody sees the passes of a compiled model, but what the steps are inside of."""
+    torch._dynamo.reset()
+    model = torch.compile(dip.convert(nn.Sequential(nn.Linear(4, 2))), backend="eager")
+    with dip.fixed_noise(11):
+        (message,) = steps_of(model, contextlib.nullcontext, 40)
+    assert "11 steps" in message
+    assert steps_of(model, dip.fixed_noise, number=20) == []
+    with dip.fixed_noise(12), dip.noise_off():
+        model(torch.ones(2, 4))  # compiled here, for torch itself warns then
+        optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
+        with no_warning():
+            for _ in range(20):
+                model(torch.ones(2, 4)).sum().backward()
+                optimizer.step()

@@ -107,10 +107,24 @@ def _note_key() -> None:
         _key, _keys = key, _keys + 1
 
 
+_compiled = False  # whether torch.compile has traced a layer under a key
+
+
+def note_compiled() -> None:
+    """Runs while torch.compile traces a draw under fixed_noise, which has it in no graph."""
+    global _compiled
+    _compiled = True
+
+
+note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def steps_of_one_key(optimizer: object) -> int:
     """Before a step of an optimiser: how many of its steps, this one too, had the noise of one key,
     and none of another between; 0 where nothing tells."""
     count, keys, draws = _steps.get(optimizer, (0, -1, -1))
+    if _compiled and draws in (-1, _draws) and contexts.KEY is not None and contexts.MODE != "off":
+        _note_key()  # compiled passes, unseen, had that of the context around the step
     if _key in (None, "a tensor") or draws == _draws:  # a tensor would have to be read
         return 0
     count = count + 1 if keys == _keys else 1

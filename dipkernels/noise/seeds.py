@@ -30,6 +30,8 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
             guards.compare_ranks(x.device.type, is_dtensor(x))
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
     else:
+        if traced and not worlds.exporting():
+            guards.note_compiled()
         contexts.keep_for_replays(contexts.KEY, stream)
         seed = contexts.KEY.to(x.device) + stream
     if not traced:
