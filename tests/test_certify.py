@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,3 +228,40 @@ def test_a_layer_is_certified_however_it_is_called(call):
         got = dip.certify(Called(), x, k=50)
     with dip.fixed_noise(1):
         assert torch.equal(got.radius, dip.certify(linear(), x, k=50).radius)
+
+
+class Compares(nn.Module):
+    """Normalises by its batch, in eval mode too, or compares the examples of it."""
+
+    def __init__(self, compare):
+        super().__init__()
+        self.noise, self.head, self.compare = dip.DIPInput(3), nn.Linear(3, 2), compare
+
+    def forward(self, x):
+        return self.compare(self.head(self.noise(x)))
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.parametrize(
+    "compare",
+    [
+        lambda y: (y - y.mean(0)) / (y.var(0, correction=0) + 1e-5).sqrt(),
+        lambda y: (y - y.mean(0)) / y.std(0),
+        lambda y: F.batch_norm(y, None, None, training=True) if len(y) > 1 else y,
+        lambda y: y - y.flip(0),
+        lambda y: y.softmax(0),
+        lambda y: F.normalize(y) @ F.normalize(y).T,
+    ],
+)
+def test_a_model_that_compares_the_examples_of_a_batch_is_certified_for_each_alone(compare):
+    model, x = Compares(compare), torch.rand(4, 3) + 0.1
+    for batch, chunk in ((x, 1), (x, 16), (x[:1], 2)):
+        with pytest.raises(ValueError, match="model: expected an answer to each example"):
+            dip.certify(model, batch, k=50, chunk=chunk)
+    still = Compares(lambda y: y + 0.001 * y.mean(0))
+    assert len(dip.certify(still, x, k=50).classes) == 4
+
+
+def test_one_example_in_a_pass_of_its_own_is_compared_with_none():
+    model, x = Compares(lambda y: y - y.mean(0) + y), torch.rand(1, 3)
+    assert len(dip.certify(model, x, k=50, chunk=1).classes) == 1

@@ -81,7 +81,8 @@ def certify(
     Raises:
         TypeError: A k, k0, chunk or confidence that is no number.
         ValueError: Bad values, a model whose noise is not at its input alone or that reads x past
-            it (a skip connection), several sigmas, or logits that are NaN.
+            it (a skip connection) or compares the examples of a batch, several sigmas, or logits
+            that are NaN.
 
     Examples:
         >>> model = nn.Sequential(dip.DIPInput(4, init_variance=0.25), nn.Linear(4, 3))
@@ -95,6 +96,12 @@ def certify(
     confidence = real("confidence", confidence, above=0, below=1)
     require_batch(x)
     sigma = _input_sigma(model, x)
+    if (len(x) > 1 or chunk > 1) and _compares_examples(model, x[:1]):
+        raise ValueError(
+            "model: expected an answer to each example by itself, got one that changes with the "
+            "other examples of its batch (batch statistics, a contrastive head), so that no radius "
+            "would hold; give one example and chunk=1"
+        )
     votes = predict(_Classes(model), x, k=k0 + k, average=None, chunk=chunk)  # [k0 + k, B]
     chosen = votes[:k0].mode(0).values
     hits = (votes[k0:] == chosen).sum(0)
@@ -180,6 +187,26 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
     return sigma.min().item()
 
 
+def _others(x: Tensor) -> list[Tensor]:
+    """Other examples: not x + 1 alone, which a norm makes x again; -x for what reads signs."""
+    return [x + torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x), -x]
+
+
+def _compares_examples(model: nn.Module, x: Tensor) -> bool:
+    """Whether the answer to x, one example, is another beside others, by more than rounding."""
+    outs: list[Any] = []
+    with eval_mode(model):
+        batches = [x, torch.cat([x, *_others(x)])]
+        for_each(model, batches, lambda batch: outs.append(logits_of(run_batch(model, batch))))
+    if not all(isinstance(out, Tensor) and out.ndim for out in outs):
+        return False
+    alone, among = outs[0].double(), outs[1][:1].double()
+    rounding = 0.05 * alone.nan_to_num().abs().max().item()
+    return alone.shape != among.shape or not torch.allclose(
+        alone, among, rtol=0, atol=rounding, equal_nan=True
+    )
+
+
 def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
     """Whether the output depends on x where what the layer returns is held."""
     held: list[Tensor] = []
@@ -189,10 +216,10 @@ def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
         held.append(output.clone())
         return held[0].clone()  # what follows may work in place
 
-    # not x + 1 alone, which a norm makes x again; -x for what reads signs
-    others = [x + torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x), -x]
     with around(layer, after=hold), eval_mode(model):
-        for_each(model, [x, *others], lambda batch: outs.append(logits_of(run_batch(model, batch))))
+        for_each(
+            model, [x, *_others(x)], lambda batch: outs.append(logits_of(run_batch(model, batch)))
+        )
     first = outs[0]
     return isinstance(first, Tensor) and not all(
         torch.allclose(first, other, equal_nan=True) for other in outs[1:]
