@@ -1,4 +1,5 @@
 // The operations of dipkernels/ops/norm.py on a CPU: LayerNorm and RMSNorm with noise, and back.
+#include <cstring>
 #include <tuple>
 
 #include "torch.h"
@@ -41,7 +42,8 @@ NormArgs start_norm(
   STD_TORCH_CHECK(dim == x.dim() - 1, "dim: expected the last dimension, got ", dim);
   NormArgs a{};
   a.features = x.size(-1);
-  a.rows = a.features ? x.numel() / a.features : 0;
+  a.rows = 1;  // of no features too
+  for (int64_t d = 0; d < dim; ++d) a.rows *= x.size(d);
   a.centred = is_centred(kind);
   a.offset = offset;
   a.draw = draw;
@@ -74,6 +76,9 @@ std::tuple<Tensor, Tensor> norm(
   const std::array<int64_t, 2> sizes{a.centred ? 2 : 1, a.rows}, strides{a.rows, 1};
   const Tensor stats = empty_strided(x, {sizes.data(), 2}, {strides.data(), 2}, stats_type(x));
   set_stats(a, stats, x);
+  if (!a.features)  // of nothing
+    std::memset(
+        stats.mutable_data_ptr(), 0, static_cast<size_t>(stats.numel()) * stats.element_size());
   const RowsOf rows(x);
   const Tensor u = empty_dense(x, out_dtype.value_or(x.scalar_type()));
   a.x = rows.operand;

@@ -392,7 +392,7 @@ def norm(
     draw_and_norm: the draw as in `perturb`, kind, eps, offset, out_dtype.
     """
     *draw, kind, eps, offset, out_dtype = draw_and_norm
-    rows = _as_rows(x, -1)
+    rows = x.double().reshape(math.prod(x.shape[:-1]), x.shape[-1])  # of no features too
     mean = rows.mean(1) if kind == "layer" else torch.zeros_like(rows[:, :1].sum(1))
     rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
     y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (
@@ -400,6 +400,7 @@ def norm(
     )
     wide = torch.promote_types(x.dtype, torch.float32)
     stats = torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
+    stats = stats if x.shape[-1] else torch.zeros_like(stats)  # of nothing
     return _noised(y.reshape(x.shape), x.contiguous(), sigma, seed, *draw, out_dtype), stats
 
 
@@ -420,7 +421,7 @@ def norm_bwd(
     draw_and_norm: the draw as in `perturb`, kind, offset.
     """
     *draw, kind, offset = draw_and_norm
-    rows, g = _as_rows(x, -1), _as_rows(du, -1)
+    rows, g = (t.double().reshape(math.prod(x.shape[:-1]), x.shape[-1]) for t in (x, du))
     mean = stats[0].double()[:, None] if kind == "layer" else 0.0
     rstd = stats[-1].double()[:, None]
     h = (rows - mean) * rstd

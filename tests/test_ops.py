@@ -9,7 +9,7 @@ from layout_support import ALL, cases, fake_of, kinds_of
 
 from dipkernels import backends, functional, producers
 from dipkernels.ops import registry
-from dipkernels.ops.draw import Draw
+from dipkernels.ops.draw import DTYPES, Draw
 from dipkernels.ops.expectation import expectation
 from dipkernels.ops.linear import linear
 
@@ -55,6 +55,47 @@ def test_ops_results_lie_as_their_fakes_say_in_every_layout(namespace):
         overload = getattr(getattr(torch.ops, namespace), op).default
         assert kinds_of(overload(*arguments)) == fake_of(op, arguments), op
         assert torch.Tag.flexible_layout in overload.tags
+        found.add(op)
+    assert found == ALL
+
+
+def empty(shape, dtype):
+    """Every operation on a tensor of this shape without elements."""
+    x, wide = torch.rand(shape).to(dtype), torch.promote_types(dtype, torch.float32)
+    k, rows = shape[-1], x.shape[:-1].numel()
+    sigma, column, bias = (
+        torch.rand(k, dtype=wide),
+        torch.rand(k).to(dtype),
+        torch.rand(3).to(dtype),
+    )
+    draw = (sigma, SEED, *WHERE, 0.5, True)
+    yield "perturb", (x, *draw, torch.bfloat16)
+    yield "perturb_bwd", (x, *draw)
+    yield "perturb_replay", (x, x, *draw, None)
+    yield "gate", (x, x, *draw, "silu", None)
+    yield "gate_bwd", (x, x, None, *draw, "silu")
+    yield "expectation", (x, sigma, "gelu")
+    yield "expectation_bwd", (x, x, sigma, "gelu")
+    for kind, stats in (("layer", 2), ("rms", 1)):
+        sums = torch.ones(stats, rows, dtype=wide)
+        yield "norm", (x, column, None, *draw, kind, 1e-5, 0.0, None)
+        yield "norm_bwd", (x, x, sums, column, column, *draw, kind, 0.0)
+    for weight in (torch.rand(3, k).to(dtype), torch.rand(0, k).to(dtype)):
+        mean = (weight, bias[: len(weight)], sigma, SEED, *WHERE[1:], 1.0, True, 2, "gelu")
+        yield "linear", (x, *mean, dtype)
+        yield "linear_bwd", (torch.rand(*shape[:-1], len(weight)).to(dtype), x, *mean)
+        yield "affine_variance", (weight, sigma, True)
+        yield "affine_variance_bwd", (bias[: len(weight)].to(wide), weight, sigma, True, None)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0), (2, 0, 8), (2, 3, 0)])
+def test_ops_results_without_elements_are_as_their_fakes_say(namespace, dtype, shape):
+    found = set()
+    for op, arguments in empty(shape, dtype):
+        overload = getattr(getattr(torch.ops, namespace), op).default
+        assert kinds_of(overload(*arguments)) == fake_of(op, arguments), op
         found.add(op)
     assert found == ALL
 

@@ -268,7 +268,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
     u = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     stats = torch.empty(1 + centred, m, dtype=wide, device=x.device)
     if u.numel() == 0:
-        return u, stats
+        return u, stats.zero_()  # of nothing
     rows, flat_u = flat_rows(x), flat_rows(u)
     weight, bias, sigma = _dense(weight, bias, sigma)
     tile = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
