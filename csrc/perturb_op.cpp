@@ -65,6 +65,8 @@ template <Launch kLaunch>
 Tensor noise(
     Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0,
     int64_t sample) {
+  for (const int64_t size : shape)
+    STD_TORCH_CHECK(size >= 0, "shape: expected sizes >= 0, got ", size);
   Tensor z = new_empty(seed, shape);
   PerturbArgs a{};
   a.draw = draw_of(z, nullptr, seed, &dim, row0, col0, sample, 1.0, false);

@@ -293,6 +293,8 @@ def _samples(
     row0, col0, sample, factor, log_variance, num_samples, activation = draw_and_act
     if activation == "identity" and num_samples != 1:
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected 1 or more, got {num_samples}")
     rows = x.double().reshape(math.prod(x.shape[:-1]), x.shape[-1])  # of no features too
     for s in range(sample, sample + num_samples):
         z = standard_normal(seed, rows.shape[0], rows.shape[1], row0, col0, s)

@@ -100,6 +100,34 @@ def test_ops_results_without_elements_are_as_their_fakes_say(namespace, dtype, s
     assert found == ALL
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("noise", ([-1, 3], *WHERE), "shape: expected sizes >= 0, got -1"),
+        ("noise", ([3, -2], *WHERE), "shape: expected sizes >= 0, got -2"),
+        ("linear", (0, 0, None), "num_samples: expected 1 to 65536, got 0"),
+        (
+            "linear",
+            (65535, 2, None),
+            "sample: expected sample . num_samples <= 65536, got 65535 . 2",
+        ),
+        ("linear", (65535, 2, 4), "sample: expected sample . num_samples <= 65536, got 65535 . 2"),
+        ("linear", (0, 2, 5), r"first: expected 4 rows of 3, got shape \(5, 3\)"),
+    ],
+)
+def test_ops_that_are_called_themselves_name_an_integer_that_makes_no_sense(op, arguments, message):
+    if op == "noise":
+        arguments = (SEED, *arguments)
+    else:
+        sample, num_samples, rows = arguments
+        first = None if rows is None else torch.rand(rows, 3)
+        draw = (torch.rand(6), SEED, 0, 0, sample, 1.0, True)
+        matrices = (torch.rand(4, 6), torch.rand(3, 6), None)
+        arguments = (*matrices, *draw, num_samples, "gelu", torch.float32, first)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        getattr(torch.ops.dipkernels, op).default(*arguments)
+
+
 def test_ops_namespaces_have_one_schema():
     for name in registry.SCHEMAS:
         texts = {

@@ -346,6 +346,8 @@ def _check(x, weight, sigma, num_samples, activation) -> None:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if activation is None and num_samples != 1:
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected 1 or more, got {num_samples}")
 
 
 def _forward(x, weight, bias, sigma, seed, draw, num_samples, activation, out_dtype, dy=None):
