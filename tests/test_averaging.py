@@ -1,6 +1,7 @@
 """dip_linear(activation, estimator): S samples behind an activation, their exact mean, and what
 memory they take.  docs/maths.md, sections 4, 7."""
 
+import collections
 import functools
 import importlib
 import math
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dipkernels as dip
@@ -187,6 +189,34 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
         else:  # PyTorch rounds act(h) and act'(h) to bfloat16
             assert (got.float() - want.float()).norm() <= 0.01 * want.float().norm()
+
+
+class Products(TorchDispatchMode):
+    """Types of the results of matrix products, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.defaultdict(set)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.found[tuple(result.shape)].add(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpu_rounds_no_part_of_the_product_that_a_variances_gradient_is_made_of(dtype):
+    """cuBLAS adds parts of a product over many rows up in its result's type. Here meta tensors,
+    which are not a CPU's either."""
+    with torch.device("meta"):
+        x, weight, bias, dy = (torch.empty(s, dtype=dtype) for s in ((9, 8), (5, 8), 5, (9, 5)))
+        sigma, seed = torch.empty(8), torch.empty(2, dtype=torch.int64)
+    with Products() as products:
+        how = (weight, bias, sigma, seed, 0, 0, 0, 1.0, True, 3, "gelu")
+        grads = row_blocks.linear_bwd(dy, x, *how)
+    assert products.found[5, 8] == {torch.float32}
+    assert [g.dtype for g in grads] == [dtype, dtype, dtype, torch.float32]
 
 
 @pytest.mark.parametrize("activation", NAMES)

@@ -30,8 +30,9 @@ _ELEMENTS = 2**20
 _CPU_ROWS_EACH = 128
 # of a weight's gradient, at once where it is scaled: so no float32 copy of the whole is made
 _CPU_PART = 2**18
-# Products that a weight's gradient of 16 bits sums in its own type, as autograd sums those of as
-# many calls; more are summed in float32.
+# Products that a weight's gradient of 16 bits sums in its own type on a CPU, as autograd sums those
+# of as many calls; more are summed in float32. A GPU's library may round parts of one product to
+# its result's type, and a variance's gradient is a small difference of such numbers.
 _NARROW_SUMS = 32
 
 
@@ -179,8 +180,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> No
     """total [N, K] += factor a b."""
     if total.dtype is a.dtype:
         total.addmm_(a, b, alpha=factor)
-    else:
+    elif a.device.type == "cpu":
         total.add_(torch.mm(a, b), alpha=factor)
+    else:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype), alpha=factor)
 
 
 def linear(
@@ -246,7 +249,8 @@ def linear_bwd(
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
     samples = range(sample, sample + num_samples)
     blocks, groups = _blocks(flat, weight, sample, num_samples, activation, first)
-    sum_type = dtype if len(blocks) * len(groups) <= _NARROW_SUMS else wide
+    few = len(blocks) * len(groups) <= _NARROW_SUMS
+    sum_type = dtype if few and x.device.type == "cpu" else wide
     noise_sum = torch.zeros(weight.shape, dtype=sum_type, device=x.device)  # G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
