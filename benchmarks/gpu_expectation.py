@@ -254,7 +254,9 @@ noise, Q is the gradient of sigma ([section 1](maths.md#1-the-projection-and-its
 A pass is bound by memory or by the issue of instructions. An issue slot is one instruction, other than
 NOP, of the inner loop. Slots per element are counted for sm_90 and bfloat16 by
 tests/test_cuda_compile.py (nvcc 13.0) and tests/test_triton_compiles.py (Triton 3.7.1), which allow two
-slots more or less. No kernel spills registers. CUDA's and Triton's kernels draw the same bits.
+slots more or less. None of these passes spills registers. A few of Triton's do in odd sizes: P over images
+of 7 x 7, P and Q in one over 10 x 6, and LayerNorm's backward for K = 1000. CUDA's and Triton's kernels
+draw the same bits.
 
 {counted}
 
