@@ -116,6 +116,7 @@ def note_compiled() -> None:
     _compiled = True
 
 
+# As torch.compiler.assume_constant_result does, which imports the compiler.
 note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -193,14 +193,15 @@ def _others(x: Tensor) -> list[Tensor]:
 
 
 def _compares_examples(model: nn.Module, x: Tensor) -> bool:
-    """Whether the answer to x, one example, is another beside others, by more than rounding."""
+    """Whether the answer to x, one example, is another beside others than beside itself, by more
+    than rounding."""
     outs: list[Any] = []
     with eval_mode(model):
-        batches = [x, torch.cat([x, *_others(x)])]
+        batches = [torch.cat([x, x, x]), torch.cat([x, *_others(x)])]
         for_each(model, batches, lambda batch: outs.append(logits_of(run_batch(model, batch))))
     if not all(isinstance(out, Tensor) and out.ndim for out in outs):
         return False
-    alone, among = outs[0].double(), outs[1][:1].double()
+    alone, among = (out[:1].double() for out in outs)
     rounding = 0.05 * alone.nan_to_num().abs().max().item()
     return alone.shape != among.shape or not torch.allclose(
         alone, among, rtol=0, atol=rounding, equal_nan=True
