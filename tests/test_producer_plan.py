@@ -19,6 +19,7 @@ from warning_support import no_warning
 import dipkernels as dip
 from dipkernels import functional
 from dipkernels.models.gated import gated_parts
+from dipkernels.models.marks import noised_where_made
 from dipkernels.nn.activation import GatedBlock
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import dip_layers
@@ -965,6 +966,17 @@ def test_a_layer_left_out_when_its_producer_was_replaced_is_noised_later():
     dip.convert(model, **at_producers([X]), exclude=["head"])
     assert list(dip_layers(model)) == ["stem", "norm"]
     assert list(dip_layers(dip.convert(model))) == ["stem", "norm", "head"]
+
+
+def test_modules_that_are_compiled_one_by_one_keep_their_plan():
+    model = dip.convert(net(), **at_producers([X]), exclude=["stem"])
+    for name in ("act", "head"):
+        setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
+    dip.convert(model, **at_producers([X]))
+    assert list(dip_layers(model)) == ["stem", "norm", "act._orig_mod"]
+    assert moved(dip.summary(model, [X]).plan) == {"norm": ("a", "b"), "act": ("head",)}
+    found = noised_where_made(model)
+    assert found[model.head._orig_mod] is model.act._orig_mod and found[model.a] is model.norm
 
 
 def test_a_part_of_the_model_knows_that_its_layers_read_noise():

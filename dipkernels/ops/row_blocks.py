@@ -37,12 +37,7 @@ _NARROW_SUMS = 32
 
 
 def _blocks(
-    x: Tensor,
-    weight: Tensor,
-    sample: int,
-    num_samples: int,
-    activation: str,
-    first: Tensor | None,
+    x: Tensor, weight: Tensor, sample: int, num_samples: int, activation: str
 ) -> tuple[list[slice], list[range]]:
     """Ranges of the rows x [M, K], and those of samples that go through one product."""
     # a mean of affine samples is one draw with less sigma
@@ -54,10 +49,6 @@ def _blocks(
     if sample + num_samples > 2**16:
         raise ValueError(
             f"sample: expected sample + num_samples <= {2**16}, got {sample} + {num_samples}"
-        )
-    if first is not None and flat_rows(first).shape != (len(x), len(weight)):
-        raise ValueError(
-            f"first: expected {len(x)} rows of {len(weight)}, got shape {tuple(first.shape)}"
         )
     m, on_cpu = x.shape[0], x.device.type == "cpu"
     least, most = _CPU_ROWS if on_cpu else (_GPU_ROWS, _GPU_ROWS)
@@ -205,7 +196,7 @@ def linear(
     """The operation `linear`."""
     n, dtype, flat = weight.shape[0], weight.dtype, flat_rows(x)
     y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
-    blocks, groups = _blocks(flat, weight, sample, num_samples, activation, first)
+    blocks, groups = _blocks(flat, weight, sample, num_samples, activation)
     samples, scale = range(sample, sample + num_samples), _standard_deviation(sigma, log_variance)
     for block in blocks:
         rows = flat[block].contiguous()
@@ -248,7 +239,7 @@ def linear_bwd(
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
     samples = range(sample, sample + num_samples)
-    blocks, groups = _blocks(flat, weight, sample, num_samples, activation, first)
+    blocks, groups = _blocks(flat, weight, sample, num_samples, activation)
     few = len(blocks) * len(groups) <= _NARROW_SUMS
     sum_type = dtype if few and x.device.type == "cpu" else wide
     noise_sum = torch.zeros(weight.shape, dtype=sum_type, device=x.device)  # G
