@@ -48,12 +48,8 @@ def config_of_run(model: nn.Module, asked: DIPConfig | None, argument: str) -> D
 
 def learning_variances(model: nn.Module) -> dict[str, nn.Parameter]:
     """The log_variance Parameters that learn, each once, by name."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters() if isinstance(module, Variance) else ():
-            if parameter.requires_grad:
-                found.setdefault(id(parameter), (f"{name}.{own}", parameter))
-    return dict(found.values())
+    own = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own and p.requires_grad}
 
 
 def own_group(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -36,9 +36,8 @@ from ..config import (
     load_state,
     save,
 )
-from ..models.parameters import load_variances
+from ..models.parameters import load_variances, variance_tensors
 from ..models.probe import around, eval_mode, untouched
-from ..nn.variance import TENSORS, Variance
 from ..nn.wrappers import plain_names
 from ..noise import contexts
 from ..noise.contexts import noise_off
@@ -435,7 +434,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     ) -> None:
         if self._dip_saves():
             # the plain model's: the variances are in dip.safetensors
-            own = _names_of_variances(self.model)
+            own = variance_tensors(self.model)
             whole = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {name: value for name, value in whole.items() if name not in own}
         super()._save(output_dir, state_dict)
@@ -542,12 +541,6 @@ def _folder_of_adapter(model: Any, folder: str) -> str:
     return own if Path(own, CONFIG_FILE).is_file() else folder
 
 
-def _names_of_variances(model: nn.Module) -> set[str]:
-    """Of their tensors, in the state dict of the model without wrappers."""
-    names = [name for name, module in plain_names(model).items() if isinstance(module, Variance)]
-    return {f"{name}.{part}" for name in names for part in TENSORS}
-
-
 def _load_renamed(model: Any, folder: str) -> None:
     """Load what the trainer has not: its load_state_dict does not know the names by which
     save_pretrained wrote some models.
@@ -557,7 +550,7 @@ def _load_renamed(model: Any, folder: str) -> None:
     """
     if not isinstance(model, transformers.PreTrainedModel):
         return
-    own, stored = set(model.state_dict()) - _names_of_variances(model), _stored_names(folder)
+    own, stored = model.state_dict().keys() - variance_tensors(model), _stored_names(folder)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if stored and own - stored - tied:
         loaded = type(model).from_pretrained(folder).state_dict()

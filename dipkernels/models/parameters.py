@@ -108,7 +108,7 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
             "of a layer that has left the model; call dip.number_layers(model)"
         )
     found = {}
-    for name, (m, part) in _tensors(model).items():
+    for name, (m, part) in variance_tensors(model).items():
         values = m.detached() if part == "log_variance" else dtensor.full(getattr(m, part))
         found[name] = values.cpu().clone()
     return found
@@ -137,7 +137,7 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         True
     """
     need_layers(model)
-    own = _tensors(model)
+    own = variance_tensors(model)
     if not isinstance(state, Mapping):
         raise TypeError(
             f"state: expected a mapping, which variances gives, got {type(state).__name__}"
@@ -183,7 +183,7 @@ def _no_values(values: object) -> str | None:
     return None if values.is_floating_point() else str(values.dtype)
 
 
-def _tensors(model: nn.Module) -> dict[str, tuple[Variance, str]]:
+def variance_tensors(model: nn.Module) -> dict[str, tuple[Variance, str]]:
     """What every Variance keeps, by its name in the state dict of the plain model: whose it is, and
     which."""
     return {
