@@ -1,6 +1,7 @@
 """predict(method="analytic"): the exact mean of a network, or why there is none.  docs/maths.md,
 section 7."""
 
+import copy
 import math
 
 import pytest
@@ -250,8 +251,8 @@ def test_analytic_prediction_refuses_what_it_has_no_closed_form_for(activation, 
 def test_analytic_prediction_refuses_an_activation_further_behind(noisy, between):
     """Its answer would be the plain network's."""
     model, x = nn.Sequential(noisy(), between(), nn.ReLU()), torch.randn(3, 8)
-    if isinstance(model[0], dip.DIPLinear) and isinstance(model[1], nn.Identity):
-        dip.predict(model, x, method="analytic", average="logits")  # right behind
+    if isinstance(model[0], dip.DIPLinear) and isinstance(model[1], (nn.Identity, nn.BatchNorm1d)):
+        dip.predict(model, x, method="analytic", average="logits")  # right behind, or by columns
     else:
         with pytest.raises(ValueError, match="that of '0' goes into relu, and its variance"):
             dip.predict(model, x, method="analytic", average="logits")
@@ -322,3 +323,31 @@ def test_analytic_prediction_takes_linear_layers_whose_weight_is_transposed(num_
         answers.append(dip.predict(model, x, method="analytic", average="logits"))
     torch.testing.assert_close(*answers)
     assert not torch.allclose(answers[0], dip.predict(plain, x, k=0, average="logits"), atol=1e-3)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("form", [nn.Identity, lambda: nn.BatchNorm1d(16)])
+def test_analytic_prediction_of_a_batch_norm_is_that_of_the_layer_it_can_be_folded_into(
+    affine, form
+):
+    norm = nn.BatchNorm1d(16, affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    linear, head, x = nn.Linear(8, 16), nn.Linear(16, 3), torch.randn(64, 8)
+    net = nn.Sequential(linear, norm, form(), nn.ReLU(inplace=True), head)
+    for _ in range(20):
+        net(3 * x + 1)  # statistics
+    folded = copy.deepcopy(linear)
+    for each in [m for m in net if isinstance(m, nn.BatchNorm1d)]:
+        slope = (each.running_var + each.eps).rsqrt() * (1 if each.weight is None else each.weight)
+        shift = 0 if each.bias is None else each.bias
+        with torch.no_grad():
+            folded.weight.mul_(slope[:, None])
+            folded.bias.sub_(each.running_mean).mul_(slope).add_(shift)
+    answers = []
+    for model in (net, nn.Sequential(folded, nn.ReLU(), copy.deepcopy(head))):
+        dip.convert(model, {"0": torch.linspace(0.1, 2, 8), "*": 0.3})
+        answers.append(dip.predict(model, x, method="analytic", average="logits"))
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(answers[0], dip.predict(net, x, k=0, average="logits"), atol=1e-2)

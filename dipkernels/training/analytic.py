@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -117,7 +117,11 @@ class _Expectations(TorchFunctionMode):
         drops = args[2] if len(args) > 2 else kwargs.get("training", True)
         if name in _SHAPES or (name == "dropout" and not drops):
             return self._like(out, normal)
-        if name in _COMPUTES or name.startswith("get"):
+        slope = _squared_slope(*args, **kwargs) if func is F.batch_norm else None
+        if slope is not None and normal.v is not None:
+            draws = normal.draws or (self._draws[normal.layer],)
+            self.mark(out, normal.v.to(slope.device) * slope, normal.layer, draws)
+        elif name in _COMPUTES or name.startswith("get"):
             self._computed(out, found, name in _ADDS and not kwargs)
         found = [n for n in found if not n.draws]
         if not found:
@@ -219,6 +223,24 @@ class _Expectations(TorchFunctionMode):
         )
 
 
+def _squared_slope(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Of F.batch_norm's arguments what it multiplies the variance of each column by; None where
+    that depends on the batch, or the features are no columns."""
+    if training or var is None or input.ndim != 2:
+        return None
+    slope = 1 / (var.float() + eps)
+    return slope if weight is None else slope * weight.float().square()
+
+
 def _is_linear(layer: DIPLayer) -> bool:
     """Whether it is a DIPLinear, or has the weight of one transposed, as transformers' Conv1D."""
     return isinstance(layer, DIPLinear) or is_conv1d_type(getattr(layer, "plain_type", None))
@@ -285,7 +307,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
                     mode.mark(output, _variance(layer), name)
                     return None
                 x = input_of(layer, args, kwargs)
-                mu = torch.nn.functional.linear(x, layer.weight, layer.bias)
+                mu = F.linear(x, layer.weight, layer.bias)
                 return functional.expectation(mu, _variance(layer), layer.activation)
             finally:
                 mode.inside -= 1
