@@ -1,5 +1,6 @@
 // The operations of dipkernels/ops/expectation.py on a CPU: the expectation of an activation, and
 // its variance.
+#include <cstring>
 #include <tuple>
 
 #include "activation_named.h"
@@ -81,6 +82,8 @@ std::tuple<Tensor, Tensor> affine_variance_bwd(
   }
   a.dweight = operand_of(dweight);
   a.dsigma = dsigma.mutable_data_ptr();
+  if (!weight.size(0))  // a sum over no rows, whose dv says nothing to the kernel
+    std::memset(a.dsigma, 0, static_cast<size_t>(dsigma.numel()) * dsigma.element_size());
   check_done(variance_cpu(a, parallel_for));
   return {dweight, dsigma};
 }
