@@ -108,3 +108,14 @@ def test_a_config_matches_the_names_of_the_plain_model():
     assert [row.name for row in dip.summary(model)] == ["0.0", "0.2"]
     with pytest.raises(ValueError, match="names like them"):
         dip.convert(network(), exclude=["_orig_mod.0.3"])
+
+
+@pytest.mark.parametrize("where", [whole, parts])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_variances_by_the_names_of_a_wrapped_models_state_dict_load_into_the_plain_one(wrap, where):
+    torch._dynamo.reset()
+    wrapped, plain = dip.convert(where(wrap), 0.25), dip.convert(network())
+    state = {n: t for n, t in wrapped.state_dict().items() if ".variance." in n}
+    dip.load_variances(plain, state)
+    assert dip.variances(plain).keys() == dip.variances(wrapped).keys()
+    assert plain[1].log_variance[0].exp().item() == pytest.approx(0.25)

@@ -59,5 +59,6 @@ def without_wrappers(name: str, known: Mapping[str, object]) -> str:
     """A name from a wrapped model's state dict as the plain model has it."""
     dropped = set(_INNER.values()) - {"module"}
     name = ".".join(part for part in name.split(".") if part not in dropped)
-    plain = name.removeprefix("module.")
-    return plain if name not in known and plain in known else name
+    within = ".".join(part for part in name.split(".") if part != "module")  # of wrapped parts
+    forms = (name, name.removeprefix("module."), within)
+    return next((form for form in forms if form in known), name)
