@@ -3,6 +3,7 @@ way."""
 
 import ast
 import importlib
+import re
 
 import pytest
 from source_support import ROOT
@@ -65,6 +66,19 @@ def test_stems_of_operations_are_known():
     assert callable(functional.noise)
     assert callable(functional.perturb)
     assert callable(functional.dip_linear)
+
+
+def test_contributing_names_every_file_that_lists_an_operation():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    steps = contributing.partition("## To add an operation")[2].partition("\n## ")[0]
+    sources = [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py", ROOT / "dipkernels/ops/__init__.py"]
+    lists = [
+        path.relative_to(ROOT).as_posix().replace("gate", "<stem>")
+        for path in sources
+        if re.search(r'gate_op|\bgate_cpu|\(gate,|"gate"|import gate', path.read_text())
+    ]
+    assert len(lists) > 4
+    assert not [path for path in lists if f"`{path}`" not in steps]
 
 
 def path_of(module):
