@@ -71,7 +71,11 @@ def test_stems_of_operations_are_known():
 def test_contributing_names_every_file_that_lists_an_operation():
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     steps = contributing.partition("## To add an operation")[2].partition("\n## ")[0]
-    sources = [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py", ROOT / "dipkernels/ops/__init__.py"]
+    sources = [
+        *(ROOT / "csrc").rglob("*.*"),
+        ROOT / "setup.py",
+        ROOT / "dipkernels/ops/__init__.py",
+    ]
     lists = [
         path.relative_to(ROOT).as_posix().replace("gate", "<stem>")
         for path in sources
