@@ -108,6 +108,13 @@ def test_overhead_compares_with_an_earlier_run(quick, tmp_path, capsys):
     assert "rows moved within their spread" in capsys.readouterr().out
 
 
+def test_a_model_whose_outputs_are_no_numbers_is_not_timed():
+    model = peers.build("dip", torch.nn.Linear(8, 8))
+    torch.nn.init.constant_(model.weight, float("nan"))
+    with pytest.raises(AssertionError, match=r"output: expected within .* got nan"):
+        peers.check_converted(model, torch.ones(4, 8))
+
+
 def test_overhead_times_nothing_that_is_wrong(monkeypatch, tmp_path):
     right = reference.standard_normal
     monkeypatch.setattr(
