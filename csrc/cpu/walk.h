@@ -345,9 +345,6 @@ void write_only(const Pass<C>& pass, const Job& job, ParallelFor parallel_for) {
   });
 }
 
-// A job has, beside its `run` and `tile`: dense (each operand is one run of memory), in_registers
-// (it takes tiles), draws (z is wanted), streams (tiles are written past the cache), prefetch.
-//
 // The job's pass over all elements, and where dsigma is set the sum over rows of what the job adds
 // to its accumulators, times the factor, as the gradient of what sigma holds.
 template <class C, class Job>
