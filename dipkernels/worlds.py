@@ -1,5 +1,5 @@
-"""In which world a call is: eager, torch.compile, torch.export, a transform of torch.func, tensors
-without values, a DTensor.
+"""In which world a call is: eager, torch.compile, torch.export, torch.jit.trace, a transform of
+torch.func, tensors without values, a DTensor.
 
 Whatever acts differently in one of them asks here, and nothing else asks torch. A call may be in
 several at once: torch.compile of torch.func.grad, or of a model of DTensors. All of it is plain
@@ -34,6 +34,11 @@ def exporting() -> bool:
     if _HAS_FLAG:
         return torch.compiler._is_exporting_flag
     return torch.compiler.is_exporting()
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace, or the ONNX export made of it, records this call."""
+    return torch._C._get_tracing_state() is not None
 
 
 def transforming() -> bool:

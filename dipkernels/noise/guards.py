@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,14 @@ from torch import Tensor
 
 from .. import worlds
 from . import contexts
+
+
+def _in_no_graph(function: Callable[..., None]) -> Callable[..., None]:
+    """A function that torch.compile calls while it traces: what torch.compiler's
+    assume_constant_result does, whose import takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 # ---- noise that would be drawn twice: checkpointing, and torch.compile's partitioner -------------
 # Of blocks that a backward pass may compute again, the newest _MAX_DRAWS, in their order.
@@ -64,15 +73,12 @@ def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
     return generator.initial_seed(), generator.get_offset()
 
 
+@_in_no_graph
 def when_traced(device: str, shared: bool) -> None:
-    """Runs while torch.compile traces `draw`, which has it in no graph."""
+    """Runs where torch.compile traces `draw`."""
     if ranks_to_compare and torch.distributed.is_initialized():
         compare_ranks(device, shared)
     _check_memory_budget()
-
-
-# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds long.
-when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_memory_budget() -> None:
@@ -110,14 +116,11 @@ def _note_key() -> None:
 _compiled = False  # whether torch.compile has traced a layer under a key
 
 
+@_in_no_graph
 def note_compiled() -> None:
-    """Runs while torch.compile traces a draw under fixed_noise, which has it in no graph."""
+    """Runs where torch.compile traces a draw under fixed_noise."""
     global _compiled
     _compiled = True
-
-
-# As torch.compiler.assume_constant_result does, which imports the compiler.
-note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def steps_of_one_key(optimizer: object) -> int:
@@ -176,6 +179,7 @@ def generator_digest(device: str | torch.device) -> str:
 _PLAIN = "dipkernels.to_plain(copy.deepcopy(model))"
 
 
+@_in_no_graph
 def refuse_in_trace() -> None:
     """Raise where noise is drawn while torch.jit.trace or torch.onnx.export records."""
     if torch.onnx.is_in_onnx_export():
@@ -183,14 +187,9 @@ def refuse_in_trace() -> None:
             "dipkernels: ONNX has no operation for the noise of a DIP layer. Export in eval mode, "
             f"model.eval(), without predict and sampling_on, or the plain model, {_PLAIN}"
         )
-    if torch._C._get_tracing_state() is not None:
+    if worlds.jit_tracing():
         raise RuntimeError(
             "dipkernels: torch.jit.trace cannot keep noise that is drawn at each call. Trace in "
             "eval mode, model.eval(), without predict and sampling_on, or the plain model, "
             f"{_PLAIN}; torch.export keeps the noise"
         )
-
-
-# torch.compile runs it while it traces (torch.compiler.assume_constant_result, whose import takes
-# seconds).
-refuse_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
     than its first, and under torch.jit.trace and torch.onnx.export.
     """
     traced = worlds.tracing()
-    if worlds.exporting() if traced else torch._C._get_tracing_state() is not None:
+    if worlds.exporting() if traced else worlds.jit_tracing():
         guards.refuse_in_trace()
     if contexts.KEY is None:
         if traced:
