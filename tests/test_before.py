@@ -664,3 +664,31 @@ def test_a_copy_or_a_cast_hides_no_noise_that_would_come_twice(read, device):
     batch = X.view(2, 3, 8).to(device)
     with pytest.warns(dip.DIPConversionWarning, match="get noise twice: 0.gate\\. "):
         dip.convert(nn.Sequential(Reads()).to(device), before=["0"], batches=[batch])
+
+
+@pytest.mark.parametrize("options", [{"before": ["1"]}, {"place": "producer"}])
+def test_what_a_module_compiles_by_itself_is_probed_uncompiled(options):
+    class Compiles(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.rest = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.run = torch.compile(self.both, backend="eager", fullgraph=True)
+
+        def both(self, x):
+            return self.rest(2 * x) + self.gate(x)
+
+        def forward(self, x):
+            return self.run(x)
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.LayerNorm(8), Compiles())
+    model(X)
+    if "before" in options:
+        with pytest.warns(dip.DIPConversionWarning, match="get noise twice: 1.gate\\. "):
+            dip.convert(model, batches=[X], **options)
+    else:
+        dip.convert(model, batches=[X], **options)
+        assert "reads it" in str(dip.summary(model).plan)
+    dip.calibrate(model, [X])
+    assert dip.check(model, X)
+    assert torch.isfinite(model.train()(X)).all()

@@ -292,7 +292,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     def observe(layer: Any, args: Any, kwargs: Any) -> None:
         called[layer].append(layer.noisy())
 
-    with contextlib.ExitStack() as watched, untouched(model), eager(model), torch.enable_grad():
+    with contextlib.ExitStack() as watched, untouched(model), eager(), torch.enable_grad():
         for layer in layers.values():
             watched.enter_context(around(layer, observe))
         if not model.training:

@@ -72,12 +72,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
-def eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Hooks added after torch.compile are not seen by the compiled code."""
-    compiled = any(
-        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
+def eager() -> contextlib.AbstractContextManager[object]:
+    """Inside, what is compiled, a function too, runs uncompiled: compiled code does not see what is
+    put around modules, and compiles under no dispatch mode."""
+    compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
@@ -147,12 +145,12 @@ def listed(batches: Iterable[Any]) -> list[Any]:
     return list(each_batch(batches))
 
 
-def for_each(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], object]) -> None:
+def for_each(batches: Iterable[Any], run: Callable[[Any], object]) -> None:
     """Call run(batch) for each, without noise and uncompiled; a tensor or a mapping is one batch.
     Raises ValueError where there is none."""
     count = 0
     # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
-    with contexts.sampling_on(), contexts.noise_off(), eager(model):
+    with contexts.sampling_on(), contexts.noise_off(), eager():
         for batch in each_batch(batches):
             run(batch)
             count += 1
@@ -269,7 +267,7 @@ def watch(
                 watched.enter_context(around(module, after=observe_output))
             else:
                 watched.enter_context(around(module, observe))
-        for_each(model, batches, lambda batch: run_batch(model, batch))
+        for_each(batches, lambda batch: run_batch(model, batch))
 
 
 def probed(

@@ -208,7 +208,7 @@ class Watch(TorchDispatchMode):
                 name = "_call_impl" if m in self._candidates and m._forward_hooks else "forward"
                 watched.enter_context(around(m, self._enter, self._leave, name))
             seed_alike()
-            for_each(model, batches, both)
+            for_each(batches, both)
 
     def _pass(self, model: nn.Module, batch: Any) -> None:
         self._stack, self._reading = [], 0

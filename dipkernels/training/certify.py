@@ -198,7 +198,7 @@ def _compares_examples(model: nn.Module, x: Tensor) -> bool:
     outs: list[Any] = []
     with eval_mode(model):
         batches = [torch.cat([x, x, x]), torch.cat([x, *_others(x)])]
-        for_each(model, batches, lambda batch: outs.append(logits_of(run_batch(model, batch))))
+        for_each(batches, lambda batch: outs.append(logits_of(run_batch(model, batch))))
     if not all(isinstance(out, Tensor) and out.ndim for out in outs):
         return False
     alone, among = (out[:1].double() for out in outs)
@@ -218,9 +218,7 @@ def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
         return held[0].clone()  # what follows may work in place
 
     with around(layer, after=hold), eval_mode(model):
-        for_each(
-            model, [x, *_others(x)], lambda batch: outs.append(logits_of(run_batch(model, batch)))
-        )
+        for_each([x, *_others(x)], lambda batch: outs.append(logits_of(run_batch(model, batch))))
     first = outs[0]
     return isinstance(first, Tensor) and not all(
         torch.allclose(first, other, equal_nan=True) for other in outs[1:]
