@@ -73,6 +73,18 @@ def same_streams(model, other, pairs):
 # ---- the law -------------------------------------------------------------------------------------
 
 
+def test_a_function_that_is_compiled_inside_the_model_is_watched_as_it_is():
+    class Compiled(nn.Sequential):
+        scaled = staticmethod(torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True))
+
+        def forward(self, x):
+            return self[2](self[1](self.scaled(self[0](x))))
+
+    model = Compiled(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    plan = dip.producer_plan(model, [X])
+    assert [(move.producer, list(move.layers)) for move in plan.moved] == [("1", ["2"])]
+
+
 def test_layers_of_one_producer_draw_the_noise_of_layers_that_share():
     """Same key, same stream: u at the producer is the u that share= gives its layers, up to one
     rounding."""
