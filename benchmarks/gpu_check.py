@@ -28,7 +28,7 @@ from gpucheck import driver, report
 from gpucheck.driver import Section
 from gpucheck.record import Record
 
-MACHINE = Section("machine", 60, "gpucheck.tools:machine")
+MACHINE = Section("machine", 90, "gpucheck.tools:machine")
 SECTIONS = (
     Section("build", 55, "gpucheck.tools:build"),
     Section("tests", 60, "gpucheck.tools:tests"),
@@ -42,11 +42,11 @@ SECTIONS = (
     Section("producers", 25, "gpucheck.producers:producers"),
     Section("models", 40, "gpucheck.producers:whole_models"),
     Section("switches", 40, "gpucheck.switches:switches"),
-    Section("sanitizer", 75, "gpucheck.sanitizer:sanitizer"),
+    Section("sanitizer", 50, "gpucheck.sanitizer:sanitizer"),
 )
 PLOT = Section("plot", 20, "gpucheck.report:plot")
 NAMES = tuple(section.name for section in SECTIONS)
-WITHIN_S = 480
+WITHIN_S = 455
 
 
 def names(value: str) -> list[str]:

@@ -189,7 +189,7 @@ def test_a_section_may_use_what_the_ones_before_left(record):
 
 def test_few_sections_share_the_time_of_all():
     (alone,) = gpu_check.chosen(gpu_check.parse(["--only", "layers"]))
-    assert alone.limit_s == pytest.approx(480)
+    assert alone.limit_s == pytest.approx(gpu_check.WITHIN_S)
     limits = [s.limit_s for s in gpu_check.chosen(gpu_check.parse(["--within", "100"]))]
     assert limits == [s.limit_s for s in gpu_check.SECTIONS]
     left = gpu_check.chosen(gpu_check.parse(["--only", "build,layers,block", "--skip", "block"]))
