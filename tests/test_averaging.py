@@ -19,6 +19,7 @@ import dipkernels as dip
 from dipkernels import backends, functional, reference
 from dipkernels.ops import row_blocks
 from dipkernels.ops.activations import ACTIVATIONS, BACKWARDS
+from dipkernels.ops.draw import Draw
 
 SEED = torch.tensor([91, 4])
 NAMES = list(ACTIVATIONS)
@@ -163,8 +164,36 @@ def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (32, 32))  # several samples in a product
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
     monkeypatch.setattr(row_blocks, "_CPU_PART", 5 * 24)  # 12 rows of a weight's gradient: 5, 5, 2
-    for got, want in zip(run(*tensors, **options), whole, strict=True):
-        assert (got.double() - want.double()).norm() <= 8 * EPS[dtype] * want.double().norm()
+    # dsigma in float32 is a sum of numbers that are larger by up to the root of the samples
+    allowed = [8, 8, 8, 8, 8 * 10**0.5 if dtype is torch.float32 else 8]
+    for got, want, eps in zip(run(*tensors, **options), whole, allowed, strict=True):
+        assert (got.double() - want.double()).norm() <= eps * EPS[dtype] * want.double().norm()
+
+
+class Multiplications(TorchDispatchMode):
+    """How many there are in matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.count += result.numel() * args[-1].shape[0]
+        return result
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_multiplies_as_often_as_the_loop_in_float32(dtype, num_samples, monkeypatch):
+    """And once more in 16 bits. The first sample's pre-activation is kept."""
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", (7, 7))
+    monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
+    x, weight, bias, sigma, dy = inputs(23, 24, 12, dtype)
+    how = (weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, num_samples, "gelu")
+    first = F.linear(torch.ops.dipkernels.perturb(x, sigma, SEED, *Draw(), None), weight, bias)
+    with Multiplications() as products:
+        row_blocks.linear_bwd(dy, x, *how, first)
+    assert products.count == (2 * num_samples + (dtype.itemsize < 4)) * x.numel() * len(weight)
 
 
 @pytest.mark.parametrize("activation", [*NAMES, "identity"])

@@ -91,14 +91,17 @@ def _noised(
     return _stack(draws) if draws else x.new_empty(0, *x.shape, dtype=dtype)
 
 
-def _noise_of(u: Tensor, seed: Tensor, row0: int, col0: int, samples: range) -> Tensor:
-    """z_s of u_s [samples, rows, K], over u where the pass runs."""
-    if _is_compiled(u):
-        torch.ops.dipkernels.draw_samples(u, None, None, seed, row0, col0, samples.start, 1.0)
-        return u
-    zeros = u.new_zeros(u.shape[-1]).expand(u.shape[1:])
+def _noise_of(
+    u: Tensor, seed: Tensor, row0: int, col0: int, samples: range, shift: Tensor | None = None
+) -> Tensor:
+    """z_s + shift of u_s [samples, rows, K], over u where the pass runs."""
     ones = torch.ones(u.shape[-1], device=u.device)
-    return _noised(zeros, ones, seed, row0, col0, samples, 1.0, u.dtype)  # rounded as it is drawn
+    if _is_compiled(u):
+        sigma = None if shift is None else ones
+        torch.ops.dipkernels.draw_samples(u, shift, sigma, seed, row0, col0, samples.start, 1.0)
+        return u
+    x = u.new_zeros(u.shape[-1]).expand(u.shape[1:]) if shift is None else shift
+    return _noised(x, ones, seed, row0, col0, samples, 1.0, u.dtype)  # rounded as it is drawn
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -235,6 +238,10 @@ def linear_bwd(
     D, dW = D^T x + G diag(factor sigma), dsigma_k = factor sum_n W_nk G_nk. So a sample costs two
     products, the first but one. h_s is made by the product that made it in forward: behind relu
     another rounding would be another sign.
+
+    In float32 the first costs none. G = H + D^T z_0, and z_s - z_0 in H is 0 there: dW = D^T u_0 +
+    H diag(factor sigma), dsigma_k = factor (sum_n W_nk H_nk + sum_m dx_mk z_0,mk). H is larger than
+    G by up to the root of S, which 16 bits would feel.
     """
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
@@ -242,18 +249,23 @@ def linear_bwd(
     blocks, groups = _blocks(flat, weight, sample, num_samples, activation)
     few = len(blocks) * len(groups) <= _NARROW_SUMS
     sum_type = dtype if few and x.device.type == "cpu" else wide
-    noise_sum = torch.zeros(weight.shape, dtype=sum_type, device=x.device)  # G
+    shifts = dtype.itemsize >= 4  # z_s - z_0 in place of z_s
+    noise_sum = torch.zeros(weight.shape, dtype=sum_type, device=x.device)  # H, or else G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
     for block in blocks:
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
+        where, shift = (seed, row0 + block.start, col0), None
+        if shifts:
+            blank = torch.empty_like(rows, dtype=dtype)[None]
+            shift = _noise_of(blank, *where, samples[:1])[0].neg_()
         total = torch.zeros(len(rows), n, dtype=wide, device=x.device)
         for group in groups:
             kept = None if first is None or group.start else flat_rows(first)[block]
             part = samples[group.start : group.stop]
-            u = _noised(rows, scale, seed, row0 + block.start, col0, part, factor, dtype)
+            u = _noised(rows, scale, *where, part, factor, dtype)
             h = _pre_activations(u[kept is not None :], weight, bias, kept)
-            z = _noise_of(u, seed, row0 + block.start, col0, part)
+            z = _noise_of(u, *where, part, shift)
             del u  # before what follows it
             dh = _act_add_bwd(
                 total,
@@ -264,6 +276,8 @@ def linear_bwd(
                 1 / num_samples,
             )
             del h
+            if shifts and not group.start:
+                z, dh = z[1:], dh[1:]
             _add_product(noise_sum, dh.flatten(0, 1).t(), z.flatten(0, 1), 1 / num_samples)
             del z, dh
         row_sum.add_(total.sum(0))
@@ -271,10 +285,15 @@ def linear_bwd(
     for noise, w in _parts(noise_sum, weight):
         dsigma.add_(torch.linalg.vecdot(noise.to(wide), w.to(wide), dim=0), alpha=factor)
         noise.mul_(factor * scale)
+    dweight = noise_sum  # and now the other term of it
+    if shifts:
+        flat = _noised(flat.contiguous(), scale, seed, row0, col0, samples[:1], factor, dtype)[0]
+    _add_product(dweight, sums.t(), flat.to(dtype))
+    dx = sums @ weight
+    if shifts:
+        of_first = -1, row0, col0, sample, factor, False
+        dsigma.add_(torch.ops.dipkernels.perturb_bwd(dx, scale, seed, *of_first))
     if log_variance:
         dsigma.mul_(scale / 2)
-    dweight = noise_sum  # and now the other term of it
-    _add_product(dweight, sums.t(), flat.to(dtype))
-    dx = (sums @ weight).to(x.dtype)
     dbias = row_sum.mul_(1 / num_samples).to(dtype if bias is None else bias.dtype)
-    return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma.to(sigma.dtype)
+    return dx.to(x.dtype).reshape(x.shape), dweight.to(dtype), dbias, dsigma.to(sigma.dtype)
