@@ -363,7 +363,8 @@ def gate_bwd(
     dy, db = du.double(), du.new_empty(0, dtype=torch.float32)
     if b is not None:
         dy, db = dy * b, torch.empty_like(b).copy_(dy * f)
-    return torch.empty_like(a).copy_(dy * slope), db, _dsigma(du, sigma, seed, *draw)
+    da = torch.where(slope == 0, 0, dy * slope)  # of infinity too
+    return torch.empty_like(a).copy_(da), db, _dsigma(du, sigma, seed, *draw)
 
 
 def _noised(y: Tensor, like: Tensor, sigma: Tensor, seed: Tensor, *draw_and_dtype: Any) -> Tensor:

@@ -330,7 +330,7 @@ def everything(shape, dtype=torch.float32, transform=lambda t: t):
         yield from (u, stats)
         yield from backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0)
     # float64 calls the library's exp
-    for kind in ("gelu", "silu") if dtype is not torch.float64 else ("relu",):
+    for kind in ("gelu", "silu", "relu") if dtype is not torch.float64 else ("relu",):
         for factor in (None, b):
             yield gate.gate(x, factor, sigma, SEED, draw, kind, None)
             yield from backward("gate_bwd", du, x, factor, sigma, SEED, draw, kind)
@@ -448,6 +448,25 @@ def test_activations_far_out_near_zero_and_not_numbers(kind, dtype, capability):
         assert ((high - 1).abs() <= 1e-6).all() and ((low + 1).abs() <= 1e-6).all()
     else:  # torch's low ones are infinity times 0
         assert high.isinf().all() and ((low == 0) | low.isnan()).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 1024), (40, 63), (5, 200)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_has_the_gradients_of_torch_to_the_bit(dtype, shape, capability):
+    """Behind x <= 0 they are 0, of infinity too, and not -0; in a whole tile and in part of one."""
+    x, b, du = (randn(*shape, seed=i, dtype=dtype) for i in range(3))
+    for at, value in enumerate([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40]):
+        x.view(-1)[at::29] = value
+    du.view(-1)[::31], du.view(-1)[1::31], du.view(-1)[2::31] = -0.0, float("inf"), -float("inf")
+    sigma = scale(shape[1], dtype=torch.promote_types(dtype, torch.float32))
+    draw, dead = Draw(), x <= 0
+    for factor in (None, b):
+        da, _, _ = backward("gate_bwd", du, x, factor, sigma, SEED, draw, "relu")
+        exact, _, _ = reference.gate_bwd(du, x, factor, sigma, SEED, *draw, "relu")
+        assert ((da == 0) & ~da.signbit())[dead].all() and (exact == 0)[dead].all()
+        assert torch.equal(da.isinf(), du.isinf() & ~dead)
+        if factor is None:
+            assert torch.equal(da, torch.ops.aten.threshold_backward(du, x, 0))
 
 
 def examples():

@@ -120,6 +120,16 @@ def test_compiled_activations_and_gates_match_reference(case, name, dtype, arch)
 
 
 @pytest.mark.parametrize("arch", [80, slow(90)])
+def test_compiled_relu_has_the_gradient_of_torch_to_the_bit(arch):
+    a, du = (numbers(5, 41, seed=i) for i in range(2))
+    du[:, ::3], du[0] = INF, -INF
+    with on_gpu(arch, CONFIGS[arch]):
+        da, *_ = gate.gate_bwd(du, a, None, None, SEED, -1, 0, 0, 0, 1.0, False, "relu")
+    want = torch.ops.aten.threshold_backward(du, a, 0)
+    assert torch.equal(da.view(torch.int32), want.view(torch.int32))
+
+
+@pytest.mark.parametrize("arch", [80, slow(90)])
 @pytest.mark.parametrize("name", [slow(name) for name, *_ in strided()])
 def test_compiled_gates_take_any_strides(name, arch):
     a, dim = next((x, dim) for known, x, dim in strided() if known == name)

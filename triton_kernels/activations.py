@@ -45,11 +45,11 @@ def act(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def act_slope(h, ACTIVATION: tl.constexpr):
-    """d act / dh"""
+def act_bwd(dy, h, ACTIVATION: tl.constexpr):
+    """dy * d act / dh; relu's is 0 where h <= 0, whatever dy is"""
     if ACTIVATION == "relu":
-        d = tl.where(h <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == "gelu":
+        return tl.where(h <= 0.0, 0.0, dy)
+    if ACTIVATION == "gelu":
         d = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(
             -0.5 * h * h
         )
@@ -71,4 +71,4 @@ def act_slope(h, ACTIVATION: tl.constexpr):
     else:
         t = _tanh(h)
         d = 1.0 - t * t
-    return d
+    return dy * d

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import act, act_slope
+from .activations import act, act_bwd
 from .noise import load_seed, normal_tile
 from .perturb import SUM_ELEMENTS, column_sum, perturb_fwd_kernel
 from .tiles import (
@@ -83,7 +83,7 @@ def _gate_bwd_kernel(
         a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
         a = tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype)
         # compute
-        da = du * act_slope(a, ACTIVATION)
+        da = act_bwd(du, a, ACTIVATION)
         if b_ptr is not None:
             b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
             da *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import act, act_slope
+from .activations import act, act_bwd
 from .blocks import Blocks, blocks, candidates, splits
 from .mixtures import MIXTURES
 from .noise import load_seed, normal_tile
@@ -138,7 +138,7 @@ def _linear_fwd_kernel(
             dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(
                 tl.float32
             )
-            y = dy * act_slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
+            y = act_bwd(dy, h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
         elif PASSES:
             y += act(h, ACTIVATION)
         else:

@@ -78,6 +78,13 @@ DIP_HD C act_value(C x) {
   else return act<kKind>(x).value;
 }
 
+// dy * act'(x). Relu's is 0 where x <= 0, whatever dy is: of infinity too, and not -0.
+template <int kKind, class C>
+DIP_HD C times_slope(C dy, C x) {
+  if constexpr (kKind == kReluActivation) return x <= 0 ? 0 : dy;
+  else return dy * act<kKind>(x).slope;
+}
+
 template <int kKind>
 struct Known {
   static constexpr int kind = kKind;

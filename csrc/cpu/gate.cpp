@@ -26,12 +26,11 @@ void backward_run(
     C* __restrict db) {
   if (b) {
     for (int i = 0; i < n; ++i) {
-      const Act<C> f = act<kKind>(a[i]);
-      da[i] = du[i] * b[i] * f.slope;
-      db[i] = du[i] * f.value;
+      da[i] = times_slope<kKind>(du[i] * b[i], a[i]);
+      db[i] = du[i] * act<kKind>(a[i]).value;
     }
   } else {
-    for (int i = 0; i < n; ++i) da[i] = du[i] * act<kKind>(a[i]).slope;
+    for (int i = 0; i < n; ++i) da[i] = times_slope<kKind>(du[i], a[i]);
   }
 }
 

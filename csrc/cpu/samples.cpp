@@ -60,7 +60,7 @@ void back(const SamplesArgs& a, const Run& run) {
   for (int64_t s = 0; s < a.samples; ++s, at += a.sample_stride) {
     if (s + 1 < a.samples) prefetch_run<1>(a.h, at + a.sample_stride, run.n);
     const float* h = load(a.h, at, run.n, buffer);
-    for (int j = 0; j < run.n; ++j) dh[j] = dy[j] * act<kKind>(h[j]).slope;
+    for (int j = 0; j < run.n; ++j) dh[j] = times_slope<kKind>(dy[j], h[j]);
     for (int j = 0; j < run.n; ++j) total[j] += dh[j];
     compute_run(a.h, at, run.n, [&](float* __restrict out) {
       for (int j = 0; j < run.n; ++j) out[j] = dh[j];
