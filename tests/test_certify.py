@@ -262,6 +262,38 @@ def test_a_model_that_compares_the_examples_of_a_batch_is_certified_for_each_alo
     assert len(dip.certify(still, x, k=50).classes) == 4
 
 
+@pytest.mark.parametrize("masked", [-float("inf"), torch.finfo(torch.float32).min, -1e4])
+def test_a_masked_class_hides_no_comparison_of_examples(masked):
+    def compare(y, by):
+        return torch.cat([y - by * y.flip(0), torch.full_like(y[:, :1], masked)], 1)
+
+    x = torch.rand(4, 3)
+    with pytest.raises(ValueError, match="model: expected an answer to each example"):
+        dip.certify(Compares(lambda y: compare(y, 1)), x, k=50)
+    assert (dip.certify(Compares(lambda y: compare(y, 0)), x, k=50).classes < 2).all()
+
+
+def test_a_model_that_draws_in_eval_mode_is_certified():
+    """As dropout that stays on does: its draws differ from pass to pass, not with the batch."""
+
+    def draws(y):
+        return y + 0.1 * torch.randn_like(y)
+
+    model, x = Compares(draws), torch.rand(4, 3)
+    assert len(dip.certify(model, x, k=50).classes) == 4
+    with pytest.raises(ValueError, match="model: expected an answer to each example"):
+        dip.certify(Compares(lambda y: draws(y - y.flip(0))), x, k=50)
+    model.forward = lambda x: draws(model.head(model.noise(x)) + x[:, :2])
+    with pytest.raises(ValueError, match="model: expected to read x through its DIP layer"):
+        dip.certify(model, x, k=50)
+
+
+@pytest.mark.parametrize("chunk, error", [(None, TypeError), ("2", TypeError), (0, ValueError)])
+def test_certify_names_a_chunk_that_makes_no_sense(chunk, error):
+    with pytest.raises(error, match="chunk: expected an integer >= 1, got"):
+        dip.certify(Compares(lambda y: y), torch.rand(1, 3), k=50, chunk=chunk)
+
+
 def test_one_example_in_a_pass_of_its_own_is_compared_with_none():
     model, x = Compares(lambda y: y - y.mean(0) + y), torch.rand(1, 3)
     assert len(dip.certify(model, x, k=50, chunk=1).classes) == 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import described, integer, real
-from ..models.probe import around, eval_mode, for_each, input_of, run_batch, watch
+from ..models.probe import around, eval_mode, for_each, input_of, run_batch, untouched, watch
 from ..nn.layer import DIPLayer
 from ..nn.numbering import named_layers
 from .predict import logits_of, predict, require_batch
@@ -92,7 +92,7 @@ def certify(
 
     Source: Cohen, Rosenfeld, Kolter 2019, arXiv 1902.02918, theorem 1 and the algorithm CERTIFY.
     """
-    k, k0 = integer("k", k, 1), integer("k0", k0, 1)
+    k, k0, chunk = integer("k", k, 1), integer("k0", k0, 1), integer("chunk", chunk, 1)
     confidence = real("confidence", confidence, above=0, below=1)
     require_batch(x)
     sigma = _input_sigma(model, x)
@@ -192,34 +192,48 @@ def _others(x: Tensor) -> list[Tensor]:
     return [x + torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).view_as(x), -x]
 
 
+def _logits(model: nn.Module, batches: list[Tensor]) -> list[Any]:
+    """Those of each batch, without noise; each pass begins with the same state of the random
+    generators, for dropout that stays on in eval mode."""
+    outs: list[Any] = []
+
+    def run(batch: Tensor) -> None:
+        with untouched(model):
+            outs.append(logits_of(run_batch(model, batch)))
+
+    with eval_mode(model):
+        for_each(batches, run)
+    return outs
+
+
 def _compares_examples(model: nn.Module, x: Tensor) -> bool:
     """Whether the answer to x, one example, is another beside others than beside itself, by more
     than rounding."""
-    outs: list[Any] = []
-    with eval_mode(model):
-        batches = [torch.cat([x, x, x]), torch.cat([x, *_others(x)])]
-        for_each(batches, lambda batch: outs.append(logits_of(run_batch(model, batch))))
+    outs = _logits(model, [torch.cat([x, x, x]), torch.cat([x, *_others(x)])])
     if not all(isinstance(out, Tensor) and out.ndim for out in outs):
         return False
     alone, among = (out[:1].double() for out in outs)
+    if alone.shape != among.shape:
+        return True
+    # what is masked stays, and its size is not that of rounding
+    other = ~torch.isclose(alone, among, rtol=0, atol=0, equal_nan=True)
+    if not other.any():
+        return False
+    alone, among = alone[other], among[other]
     rounding = 0.05 * alone.nan_to_num().abs().max().item()
-    return alone.shape != among.shape or not torch.allclose(
-        alone, among, rtol=0, atol=rounding, equal_nan=True
-    )
+    return not torch.allclose(alone, among, rtol=0, atol=rounding)
 
 
 def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
     """Whether the output depends on x where what the layer returns is held."""
     held: list[Tensor] = []
-    outs: list[Any] = []
 
     def hold(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         held.append(output.clone())
         return held[0].clone()  # what follows may work in place
 
-    with around(layer, after=hold), eval_mode(model):
-        for_each([x, *_others(x)], lambda batch: outs.append(logits_of(run_batch(model, batch))))
-    first = outs[0]
+    with around(layer, after=hold):
+        first, *others = _logits(model, [x, *_others(x)])
     return isinstance(first, Tensor) and not all(
-        torch.allclose(first, other, equal_nan=True) for other in outs[1:]
+        torch.allclose(first, other, equal_nan=True) for other in others
     )
