@@ -192,10 +192,13 @@ def test_a_compiled_training_under_one_key_is_told_where_its_steps_are_inside():
         (message,) = steps_of(model, contextlib.nullcontext, 40)
     assert "11 steps" in message
     assert steps_of(model, dip.fixed_noise, number=20) == []
-    with dip.fixed_noise(12), dip.noise_off():
-        model(torch.ones(2, 4))  # compiled here, for torch itself warns then
-        optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
-        with no_warning():
-            for _ in range(20):
-                model(torch.ones(2, 4)).sum().backward()
-                optimizer.step()
+    for mode, off in ((True, dip.noise_off()), (False, contextlib.nullcontext())):
+        model.train(mode)
+        with dip.fixed_noise(12), off:
+            model(torch.ones(2, 4))  # compiled here, for torch itself warns then
+            optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
+            optimizer.zero_grad()
+            with no_warning():
+                for _ in range(20):
+                    model(torch.ones(2, 4)).sum().backward()
+                    optimizer.step()

@@ -58,7 +58,8 @@ def _check_key(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     which trains its input."""
     if worlds.tracing() or guards.steps_of_one_key(optimizer) != _FEW + 1:
         return
-    if _count_in({id(p) for group in optimizer.param_groups for p in group["params"]}):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if _count_in({id(p) for p in parameters if p.grad is not None}):  # else none drew noise
         warnings.warn(
             f"dipkernels: {_FEW + 1} steps of an optimiser in a row had the noise of one key of "
             "fixed_noise. A network learns a noise that stays, as if it were data. Give each step "
