@@ -37,7 +37,10 @@ def falls_back(check):
         backends.triton_problems["norm"] = "Triton cannot compile norm"
         return {"value": 2}
 
-    return [("one", lambda: {}), ("two", other_backend), ("three", lambda: {})]
+    def process():
+        return {"process": os.getpid()}
+
+    return [("one", process), ("two", other_backend), ("three", process)]
 
 
 def half_a_row(check):

@@ -123,11 +123,18 @@ def test_a_row_costs_itself_alone(record, section, word):
     assert found["status"] == "failed" and report.verdict(record.data)[0] == 1
 
 
-@pytest.mark.parametrize("section", ["loses_the_device", "loses_the_device_in_a_variant"])
-def test_a_lost_device_costs_one_row(record, section):
-    """The rows behind it run in a new process."""
+@pytest.mark.parametrize(
+    "section, word",
+    [
+        ("loses_the_device", "as broken"),
+        ("loses_the_device_in_a_variant", "as broken"),
+        ("falls_back", "Triton cannot compile norm"),
+    ],
+)
+def test_a_lost_device_or_kernel_costs_one_row(record, section, word):
+    """The rows behind it run in a new process: in the old one another backend would run them."""
     rows = run(record, section)[section]["rows"]
-    assert "as broken" in row_errors(rows[1])[0] and rows[2]["process"] != rows[0]["process"]
+    assert word in row_errors(rows[1])[0] and rows[2]["process"] != rows[0]["process"]
 
 
 def test_a_variant_that_fails_fails_its_section(record):

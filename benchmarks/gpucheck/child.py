@@ -23,7 +23,7 @@ from pathlib import Path
 from gpucheck.record import NO_TIME, Record, row_errors
 
 MARK = "DIPKERNELS_GPU_CHECK"  # in the environment of all that a section starts
-START_AGAIN = 75  # exit code: a row left the device unusable for this process
+START_AGAIN = 75  # exit code: a row left the device, or a kernel, unusable for this process
 LEAST_S = 2.0  # a row is not begun with less time than this
 
 Rows = list[tuple[str, Callable[[], dict]]]
@@ -91,17 +91,17 @@ def device_is_lost() -> bool:
     return False
 
 
+def triton_problems() -> dict[str, str]:
+    """What Triton could not compile: from then on another backend runs in its place here."""
+    return getattr(sys.modules.get("dipkernels.backends"), "triton_problems", {})
+
+
 @contextlib.contextmanager
 def every_kernel_compiles() -> Iterator[None]:
-    """Raise RuntimeError where Triton could not compile a kernel inside: dipkernels warns, and
-    another backend runs in its place."""
-
-    def problems() -> dict[str, str]:
-        return getattr(sys.modules.get("dipkernels.backends"), "triton_problems", {})
-
-    before = set(problems())
+    """Raise RuntimeError where Triton could not compile a kernel inside; dipkernels only warns."""
+    before = set(triton_problems())
     yield
-    if new := [said for op, said in problems().items() if op not in before]:
+    if new := [said for op, said in triton_problems().items() if op not in before]:
         raise RuntimeError("; ".join(new))
 
 
@@ -130,7 +130,7 @@ def run(check: Check, function: Callable[[Check], Rows]) -> int:
         except Exception as error:
             row = describe(error)
         check.add(name, {**row, "elapsed_s": round(time.monotonic() - begin, 3)})
-        if row_errors(row) and device_is_lost():
+        if row_errors(row) and (triton_problems() or device_is_lost()):
             return START_AGAIN
     return 0
 
