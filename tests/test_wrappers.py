@@ -3,7 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 
 import dipkernels as dip
 
@@ -119,3 +122,77 @@ def test_variances_by_the_names_of_a_wrapped_models_state_dict_load_into_the_pla
     dip.load_variances(plain, state)
     assert dip.variances(plain).keys() == dip.variances(wrapped).keys()
     assert plain[1].log_variance[0].exp().item() == pytest.approx(0.25)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act, self.down = nn.SiLU(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("part", ["act", "down"])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_gated_product_with_a_wrapped_part_moves_as_the_plain_one(wrap, part):
+    torch._dynamo.reset()
+    plain, wrapped = nn.Sequential(Gated()), nn.Sequential(Gated())
+    setattr(wrapped[0], part, wrap(getattr(wrapped[0], part)))
+    for own, other in zip(wrapped.parameters(), plain.parameters()):
+        own.data = other.data.clone()
+    for model in (plain, wrapped):
+        dip.convert(model, 0.25, place="producer", batches=[X])
+    assert str(dip.summary(wrapped).plan) == str(dip.summary(plain).plan)
+    assert "moved  0.act (SiLU) -> 0.down" in str(dip.summary(wrapped).plan)
+    outputs = []
+    for model in (plain, wrapped):
+        with dip.fixed_noise(1):
+            outputs.append(model(X))
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(plain.eval()(X), wrapped.eval()(X))
+    assert not torch.allclose(outputs[0], plain(X), atol=1e-2)
+
+
+def test_a_part_whose_activations_are_offloaded_has_its_plain_names():
+    model = dip.convert(parts(offload_wrapper))  # which runs on a GPU alone
+    assert list(dip.variances(model)) == list(dip.variances(dip.convert(network())))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_model_that_fabric_has_set_up_moves_the_same_projections(precision):
+    fabric = pytest.importorskip("lightning").Fabric(
+        accelerator="cpu", devices=1, precision=precision
+    )
+    model = dip.convert(fabric.setup(network()), place="producer", batches=[X])
+    assert "moved  0.1 (LayerNorm) -> 0.2" in str(dip.summary(model))
+
+
+class Holds(nn.Module):
+    """What has a child of a wrapper's name, and is none."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        setattr(self, name, network())
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, *WRAPS.values()], ids=["plain", *WRAPS])
+@pytest.mark.parametrize("name", ["_orig_mod", "module"])
+def test_a_child_that_is_called_as_a_wrappers_keeps_its_name(name, wrap):
+    torch._dynamo.reset()
+    model = dip.convert(wrap(Holds(name)))
+    state = dip.variances(model)
+    assert next(iter(state)) == f"{name}.0.0.variance.log_variance"
+    dip.load_variances(model, state)
+
+
+def test_a_model_whose_class_is_called_as_a_wrappers_is_a_model():
+    namesake = type("AveragedModel", (Holds,), {})
+    model = dip.convert(namesake("ema"))
+    assert dip.summary(model)[0].name == "ema.0.0"
+    assert not dip.check(model, X, strict=False).faults

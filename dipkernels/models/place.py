@@ -22,6 +22,7 @@ from ..nn.activation import ActivationProducer, GatedBlock, GateProducer, gated_
 from ..nn.layer import DIPLayer
 from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
 from ..nn.twin import made_type
+from ..nn.wrappers import inmost
 from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
 from .convertible import (
@@ -187,7 +188,8 @@ class _Planner:
             return makers[0], None, ""
         gated = self._gated(layer, made)
         if gated is not None:
-            act = getattr(gated.block, gated.parts[1], gated.parts[1])
+            act: Any = getattr(gated.block, gated.parts[1], gated.parts[1])
+            act = inmost(act)
             if isinstance(act, nn.Module):
                 return act, gated, ""
             where, name = self._shown(gated.block), getattr(act, "__name__", str(act))
@@ -336,7 +338,7 @@ class _Planner:
         if block is None or others or not product:
             return None
         parts = gated_parts(type(block))
-        if parts is None or getattr(block, parts[0], None) is not layer:
+        if parts is None or inmost(getattr(block, parts[0], block)) is not layer:
             return None
         return _Gated(block, parts)
 

@@ -201,7 +201,8 @@ class Watch(TorchDispatchMode):
                 with torch.set_grad_enabled(training):
                     self._pass(model.train(training), batch)
 
-        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        # a wrapper has no name: what it does is done by the module around it
+        modules = [m for m in self._names if not isinstance(m, torch.jit.ScriptModule)]
         with contextlib.ExitStack() as watched, untouched(model), frozen(model):
             for m in modules:
                 # of a candidate with hooks, which change what it makes, the whole call

@@ -13,14 +13,17 @@ _INNER = {  # the child by which a wrapper holds the model
     "AveragedModel": "module",
     "DeepSpeedEngine": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",  # checkpoint_wrapper, offload_wrapper
     "_FabricModule": "_forward_module",
 }
+_AGAIN = "_original_module"  # of a _FabricModule: the same model, without what is around it there
 
 
 def _inner(module: nn.Module) -> str | None:
     """The child by which a wrapper holds the model; None for any other module."""
-    return next((_INNER[c.__name__] for c in type(module).__mro__ if c.__name__ in _INNER), None)
+    kinds = (c.__name__ for c in type(module).__mro__)
+    inner = next((_INNER[name] for name in kinds if name in _INNER), None)
+    return inner if inner in getattr(module, "_modules", ()) else None  # not a namesake
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -48,7 +51,7 @@ def plain_names(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if name:
             parent, _, own = name.rpartition(".")
-            dropped = inner[parent] == own
+            dropped = inner[parent] is not None and own in (inner[parent], _AGAIN)
             plain[name] = plain[parent] if dropped else f"{plain[parent]}.{own}".lstrip(".")
         inner[name] = _inner(module)
         modules[plain[name]] = module
@@ -57,6 +60,8 @@ def plain_names(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn
 
 def without_wrappers(name: str, known: Mapping[str, object]) -> str:
     """A name from a wrapped model's state dict as the plain model has it."""
+    if name in known:
+        return name
     dropped = set(_INNER.values()) - {"module"}
     name = ".".join(part for part in name.split(".") if part not in dropped)
     within = ".".join(part for part in name.split(".") if part != "module")  # of wrapped parts
