@@ -145,23 +145,23 @@ def _replaced(model: nn.Module) -> dict[str, str]:
     without noise. But the readers of a producer that was replaced do.
     """
     found = {}
+    modules = plain_names(model, remove_duplicate=False)
     for prefix, root in plain_names(model).items():
-        if (names := vars(root).get(CONVERTED)) is None:
+        names = vars(root).get(CONVERTED, ())
+        full_names = {f"{prefix}.{name}".strip("."): name for name in names}
+        lost = [name for name in full_names if not isinstance(modules.get(name), DIPLayer)]
+        if not lost:
             continue
         # a parent remembers its own children alone, the model every layer
-        depth = max((name.count(".") for name in names), default=0)
+        depth = max(name.count(".") for name in names)
         renamed = sum(name.count(".") <= depth for name in named_layers(root)) >= len(names)
-        modules = plain_names(root, remove_duplicate=False)
         plan = vars(root).get(PLAN)
         producers = () if plan is None else [row.producer for row in plan.moved]
-        for name in names:
-            full_name = f"{prefix}.{name}".lstrip(".")
-            if name not in modules:
-                if not (renamed or _taken_out(modules, name)):
+        for full_name in lost:
+            name, module = full_names[full_name], modules.get(full_name)
+            if module is None:
+                if not (renamed or _taken_out(modules, full_name)):
                     found[full_name] = "is gone since it was converted"
-                continue
-            module = modules[name]
-            if isinstance(module, DIPLayer):
                 continue
             kind = f"{type(module).__module__}.{type(module).__name__}"
             if any(isinstance(inner, DIPLayer) for inner in module.modules()):
