@@ -25,7 +25,7 @@ from .models.patterns import Patterns, around, shared_groups, strings
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import Model, dip_layers, require_module
-from .nn.wrappers import plain_names
+from .nn.wrappers import inmost, plain_names
 from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
@@ -369,15 +369,15 @@ def _plain_again(model: nn.Module) -> Any:
     try:
         yield
     except BaseException:
-        vars(model).pop(CONFIG, None)
         if was_plain and dip_layers(model):
             to_plain(model)
         raise
 
 
 def remember_config(model: nn.Module, config: DIPConfig) -> None:
-    """From now on `config_of` the model is this one, and of its parts that had another; a model of
-    PEFT carries its variances with its adapters."""
+    """From now on `config_of` the model is this one, in whatever it is wrapped, and of its parts
+    that had another; a model of PEFT carries its variances with its adapters."""
+    model = inmost(model)
     for module in model.modules():
         if module is model or CONFIG in vars(module):
             vars(module)[CONFIG] = config

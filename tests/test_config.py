@@ -342,6 +342,10 @@ def test_load_refuses_what_does_not_fit_and_leaves_a_plain_model_plain(tmp_path)
     with pytest.raises(ValueError, match=said):
         dip.load(wide, tmp_path)
     assert not dip_layers(wide)
+    config = dip.config_of(dip.apply(wide, dip.DIPConfig(init_variance=0.04)))
+    with pytest.raises(ValueError, match=said):
+        dip.load(wide, tmp_path)
+    assert config is not None and dip.config_of(wide) == config  # of one with noise, its own
     with pytest.raises(ValueError, match="expected the variances of this model"):
         dip.load(nn.Sequential(nn.Linear(8, 3)), tmp_path)
     (tmp_path / VARIANCES_FILE).write_bytes(b"nothing")

@@ -1,5 +1,7 @@
 """Names are those of the plain model, whatever has wrapped it or a part of it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +113,18 @@ def test_a_config_matches_the_names_of_the_plain_model():
     assert [row.name for row in dip.summary(model)] == ["0.0", "0.2"]
     with pytest.raises(ValueError, match="names like them"):
         dip.convert(network(), exclude=["_orig_mod.0.3"])
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_config_is_that_of_the_model_inside_and_of_its_copies(wrap, tmp_path):
+    torch._dynamo.reset()
+    config = dip.DIPConfig(init_variance=0.04)
+    model = dip.apply(wrap(network()), config)
+    inside = next(model.children())
+    for each in (model, inside, copy.deepcopy(model), wrap(inside)):
+        assert dip.config_of(each) == config
+        dip.save(each, tmp_path)
+        dip.load(each, tmp_path)
 
 
 @pytest.mark.parametrize("where", [whole, parts])
