@@ -168,6 +168,19 @@ def test_a_merged_model_has_the_noise_that_the_adapters_had(share, method):
     assert type(dip.to_plain(merged).model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 
+@pytest.mark.parametrize("exclude", [["*.lm_head"], ["*.lm_head", "*.q_proj", "*.v_proj"]])
+def test_a_merged_model_whose_other_parts_are_wrapped_keeps_their_noise(exclude):
+    base = llama()
+    base.model.layers[0].mlp = torch.nn.DataParallel(base.model.layers[0].mlp)
+    base.model.layers[0].self_attn.o_proj = torch.nn.DataParallel(
+        base.model.layers[0].self_attn.o_proj
+    )
+    model = adapted(dip.DIPConfig(exclude=exclude, init_variance=0.04), base)
+    state = moved(model, 0.5)
+    merged = dip.variances(model.merge_and_unload())
+    assert equal({f"base_model.model.{name}": values for name, values in merged.items()}, state)
+
+
 def test_a_head_that_the_adapter_trains_whole_keeps_its_noise():
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"]

@@ -201,13 +201,13 @@ def _with_noise(model: PeftModel, unload: Callable[[], nn.Module]) -> nn.Module:
     share = [[plain(name) for name in group] for group in _shares(model)]
     samples = {name: layer.num_samples for name, layer in noised.items()}
     base = unload()
-    lost = {name for name in noised if not isinstance(base.get_submodule(name), DIPLayer)}
+    layers: dict[str, Any] = plain_names(base, remove_duplicate=False)
+    lost = {name for name in noised if not isinstance(layers[name], DIPLayer)}
     if lost:
         groups = [group for group in share if lost.issuperset(group)]
         convert(base, filter=lambda module, name: name in lost, share=groups)
         for name in lost:
-            layer: Any = base.get_submodule(name)
-            layer.num_samples = samples[name]
+            layers[name].num_samples = samples[name]
     load_variances(base, state)
     remember_config(base, config)
     return base
