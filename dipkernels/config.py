@@ -319,7 +319,7 @@ def config_of(model: nn.Module) -> DIPConfig | None:
     """
     require_module(model)
     found: dict[str, DIPConfig] = {}
-    for name, module in model.named_modules():
+    for name, module in plain_names(model).items():
         config = vars(module).get(CONFIG)
         if isinstance(config, DIPConfig) and dip_layers(module):
             found[name] = config
@@ -350,7 +350,7 @@ def require_order(model: nn.Module) -> None:
     require_module(model)
     around_dip = [
         name
-        for name, m in model.named_modules()
+        for name, m in plain_names(model).items()
         if is_adapter(m) and not isinstance(m, DIPLayer) and isinstance(base_layer(m), DIPLayer)
     ]
     if around_dip:

@@ -106,6 +106,26 @@ def test_a_plan_of_a_wrapped_model_is_shown_and_known_to_a_second_conversion(wra
         dip.convert(model)
 
 
+@pytest.mark.parametrize("where", [whole, parts])
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_errors_and_warnings_have_the_names_of_the_plain_model(wrap, where):
+    torch._dynamo.reset()
+    model = where(wrap)
+    dip.convert(model)
+    first, second, *_ = (m for m in model.modules() if isinstance(m, dip.DIPLinear))
+    second.set_number(0, second._counted_in)
+    one_number = r"layers '0\.0' and '0\.2' have one number"
+    with dip.fixed_noise(1), pytest.warns(UserWarning, match=one_number):
+        dip.predict(model, X, k=1)
+    with torch.no_grad():
+        first.log_variance.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"infinity in \['0\.0'\]"):
+        dip.predict(model, X, k=1)
+    nn.utils.parametrizations.weight_norm(first)
+    with pytest.raises(ValueError, match=r"subclasses of them: \['0\.0'\]"):
+        dip.to_plain(model)
+
+
 def test_a_config_matches_the_names_of_the_plain_model():
     torch._dynamo.reset()
     config = dip.DIPConfig(include=["0"], exclude=["0.3"], ratio={"0.0": 0.5, "0.2": 1.0})
@@ -210,3 +230,12 @@ def test_a_model_whose_class_is_called_as_a_wrappers_is_a_model():
     model = dip.convert(namesake("ema"))
     assert dip.summary(model)[0].name == "ema.0.0"
     assert not dip.check(model, X, strict=False).faults
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_to_plain_takes_noise_away_that_is_wrapped_by_itself(wrap):
+    torch._dynamo.reset()
+    model = dip.number_layers(nn.Sequential(wrap(dip.DIPInput(8)), nn.Linear(8, 4)))
+    assert not torch.equal(model(X), model(X))
+    assert torch.equal(dip.to_plain(model)(X), model[1](X))
+    assert isinstance(dip.to_plain(wrap(dip.DIPInput(8))), nn.Identity)

@@ -20,6 +20,7 @@ from ..nn.numbering import Model, dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
 from ..nn.twin import MadeTwin, twin_type
 from ..nn.variance import check_init_variance, device_of_variance
+from ..nn.wrappers import inmost, plain_names
 from ..worlds import is_dtensor
 from .choose import Choice, choose
 from .convertible import (
@@ -250,7 +251,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("model: expected a DIP layer to turn back, found none")
     faults: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in plain_names(model).items():
         if (fault := _stays_dip(module)) is not None:
             faults.setdefault(fault, []).append(name)
     if faults:
@@ -259,6 +260,8 @@ def to_plain(model: nn.Module) -> nn.Module:
     ignored = {*vars(model).pop("_ddp_params_and_buffers_to_ignore", ())} - own_buffers(layers)
     if ignored:
         model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+    if isinstance(inmost(model), DIPInput):
+        return nn.Identity()
     for module in list(model.modules()):
         if isinstance(module, DIPMultiheadAttention):
             module.to_plain_in_place()
@@ -268,10 +271,10 @@ def to_plain(model: nn.Module) -> nn.Module:
         elif isinstance(module, DIPLayer) and not isinstance(module, DIPInput):
             _become_plain(module)
         for name, child in module._modules.items():
-            if isinstance(child, DIPInput):
+            if child is not None and isinstance(inmost(child), DIPInput):  # what wraps it goes too
                 module._modules[name] = nn.Identity()
     forget(model)
-    return nn.Identity() if isinstance(model, DIPInput) else model
+    return model
 
 
 # ---- what becomes what, and with which variance --------------------------------------------------

@@ -103,7 +103,7 @@ def warn_of_equal_numbers(model: nn.Module) -> None:
     if contexts.KEY is None or worlds.tracing():
         return
     owners: dict[int, tuple[str, Share | None]] = {}
-    for name, layer in dip_layers(model).items():
+    for name, layer in named_layers(model).items():
         first, share = owners.setdefault(layer.number, (name, layer.share))
         if first != name and (share is None or share is not layer.share):
             warnings.warn(

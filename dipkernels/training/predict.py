@@ -14,7 +14,7 @@ from .. import worlds
 from ..arguments import described, integer, one_of
 from ..models.check import require_finite
 from ..models.probe import eval_mode
-from ..nn.numbering import dip_layers, warn_of_equal_numbers
+from ..nn.numbering import named_layers, warn_of_equal_numbers
 from ..noise import contexts
 from . import analytic
 from .trajectories import folded, map_tensors
@@ -106,7 +106,7 @@ def predict(
     k = 16 if k is None else integer("k", k, 0)
     chunk = 1 if chunk is None else integer("chunk", chunk, 1)
     check_average(average, dim, (*AVERAGES, None))
-    layers = dip_layers(model)
+    layers = named_layers(model)
     if k > 0 and not layers:
         raise ValueError(
             "model: expected DIP layers, found none: its k passes would be equal; convert it "
