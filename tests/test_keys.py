@@ -192,6 +192,12 @@ def test_a_compiled_training_under_one_key_is_told_where_its_steps_are_inside():
         (message,) = steps_of(model, contextlib.nullcontext, 40)
     assert "11 steps" in message
     assert steps_of(model, dip.fixed_noise, number=20) == []
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
+    with dip.fixed_noise(11), no_warning():
+        for step in range(20):
+            with dip.fixed_noise(step):
+                model(torch.ones(4, 4)).sum().backward()  # of the size that is compiled
+            optimizer.step()
     for mode, off in ((True, dip.noise_off()), (False, contextlib.nullcontext())):
         model.train(mode)
         with dip.fixed_noise(12), off:

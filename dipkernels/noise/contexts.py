@@ -31,6 +31,7 @@ ROWS: Tensor = torch.empty(0, 0, 0, device="cpu")
 MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
 # what KEY and ROWS came from, on the host: reading a key would stop a GPU
 TAG: tuple[Any, ...] | None = None
+LATEST: tuple[Any, ...] | None = None  # TAG of the fixed_noise that was entered last, uncompiled
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
 
 
@@ -151,11 +152,12 @@ class fixed_noise(_State):
         self._tag = (self._key % 2**64 if known else "a tensor", row0)
 
     def _set(self) -> None:
-        global KEY, ROWS, TAG
+        global KEY, ROWS, TAG, LATEST
         key = self._key
         KEY = key if isinstance(key, Tensor) else _with_zero(key, _device_of_keys())
         ROWS, TAG = self._rows, self._tag
         if not worlds.tracing():
+            LATEST = TAG
             _counted_in.clear()
 
 

@@ -127,7 +127,8 @@ def steps_of_one_key(optimizer: object) -> int:
     """Before a step of an optimiser: how many of its steps, this one too, had the noise of one key,
     and none of another between; 0 where nothing tells."""
     count, keys, draws = _steps.get(optimizer, (0, -1, -1))
-    if _compiled and draws in (-1, _draws) and contexts.KEY is not None and contexts.MODE != "off":
+    here = contexts.TAG is not None and contexts.TAG is contexts.LATEST
+    if _compiled and draws in (-1, _draws) and here and contexts.MODE != "off":
         _note_key()  # compiled passes, unseen, had that of the context around the step
     if _key in (None, "a tensor") or draws == _draws:  # a tensor would have to be read
         return 0
