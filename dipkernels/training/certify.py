@@ -72,7 +72,8 @@ def certify(
         k: number of passes, >= 1, that bound the probability of the class.
         k0: number of other passes, >= 1, that choose the class.
         confidence: in (0, 1): the probability that an example's radius holds.
-        chunk: how many passes run at a time, folded into the batch.
+        chunk: how many passes run at a time, folded into the batch; 1 for a model that draws once
+            for a whole batch in eval mode. Dropout that stays on draws for each example.
 
     Returns:
         A Certificate with radius = sigma * Phi^-1(p), where p is the Clopper-Pearson lower bound of
