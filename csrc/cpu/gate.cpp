@@ -145,8 +145,8 @@ struct Job {
   template <class T>
   void relu_tile(const Place& p, const Polar& polar, const float* scale, float* acc) const {
     const T* a = static_cast<const T*>(args.a.data) + p.at(args.a);
-    const auto nothing = [](int) {};
     if (args.u.data) {
+      const auto nothing = [](int) {};
       T* u = static_cast<T*>(args.u.data) + p.at(args.u);
       const auto y = [a](int at) {
         const One::F x = One::load(a + at);
@@ -154,16 +154,18 @@ struct Job {
       };
       if constexpr (sizeof(T) == 4) {
         if (streams)
-          return use_tile<T, Writes::kProjection, false, true>(polar, y, a, u, scale, acc, nothing);
+          return use_tile<T, Writes::kProjection, false, true>(
+              polar, y, nullptr, u, scale, nullptr, nothing);
       }
-      return use_tile<T, Writes::kProjection, false, false>(polar, y, a, u, scale, acc, nothing);
+      return use_tile<T, Writes::kProjection, false, false>(
+          polar, y, nullptr, u, scale, nullptr, nothing);
     }
     const T* du = static_cast<const T*>(args.du.data) + p.at(args.du);
     T* da = static_cast<T*>(args.da.data) + p.at(args.da);
     const auto gradient = [&](int at) {
       return One::where_positive(One::load(a + at), One::load(du + at));
     };
-    use_tile<T, Writes::kNothing, true, false>(polar, nothing, du, da, scale, acc, [&](int i) {
+    use_tile<T, Writes::kNothing, true, false>(polar, nullptr, du, nullptr, scale, acc, [&](int i) {
       for (int at = i; at < i + 2 * V::kLanes; at += 2 * One::kLanes)
         One::store_pair(da + at, gradient(at), gradient(at + One::kLanes));
     });
