@@ -285,10 +285,11 @@ def linear_bwd(
     for noise, w in _parts(noise_sum, weight):
         dsigma.add_(torch.linalg.vecdot(noise.to(wide), w.to(wide), dim=0), alpha=factor)
         noise.mul_(factor * scale)
-    dweight = noise_sum  # and now the other term of it
+    dweight, read = noise_sum, flat  # and now the other term of it
     if shifts:
-        flat = _noised(flat.contiguous(), scale, seed, row0, col0, samples[:1], factor, dtype)[0]
-    _add_product(dweight, sums.t(), flat.to(dtype))
+        read = _noised(flat.contiguous(), scale, seed, row0, col0, samples[:1], factor, dtype)[0]
+    _add_product(dweight, sums.t(), read.to(dtype))
+    del read  # before dx, which is as large
     dx = sums @ weight
     if shifts:
         of_first = -1, row0, col0, sample, factor, False
