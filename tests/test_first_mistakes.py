@@ -311,8 +311,13 @@ def test_a_loss_among_the_outputs_of_folded_passes_asks_for_chunk_1():
     with pytest.raises(
         ValueError, match=r"^output\['loss'\]: .* B \* chunk = 12, .* chunk=1; where"
     ):
-        dip.predict(model, X, Y, k=4, chunk=2)
-    assert dip.predict(model, X, Y, k=4).shape == (6, 4)
+        dip.predict(model, X, Y, k=4, chunk=2, average=None)
+    assert dip.predict(model, X, Y, k=4, average=None)["loss"].shape == (4,)
+    # an average is of the logits, and reads no loss
+    with dip.fixed_noise(0):
+        averaged = dip.predict(model, X, Y, k=4, chunk=2)
+    with dip.fixed_noise(0):
+        assert torch.equal(averaged, dip.predict(model.network, X, k=4, chunk=2))
 
 
 PAIR = r"^batches: expected tensors of one kind, .* and .*make one batch, \[\(x, y\)\]"
