@@ -58,6 +58,11 @@ def standard_normal(
     return z.reshape(num_rows, 8 * (last - first)).narrow(1, col0 - 8 * first, num_cols)
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """[..., K] as [M, K], float64; of no features, or of no rows, too."""
+    return x.double().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _as_rows(x: Tensor, dim: int) -> Tensor:
     """[rows, K] float64: rows in the order of the other dimensions."""
     k = x.shape[dim]
@@ -295,7 +300,7 @@ def _samples(
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
     if num_samples < 1:
         raise ValueError(f"num_samples: expected 1 or more, got {num_samples}")
-    rows = x.double().reshape(math.prod(x.shape[:-1]), x.shape[-1])  # of no features too
+    rows = _matrix(x)
     for s in range(sample, sample + num_samples):
         z = standard_normal(seed, rows.shape[0], rows.shape[1], row0, col0, s)
         u = rows + factor * _sigma(sigma, log_variance) * z
@@ -395,7 +400,7 @@ def norm(
     draw_and_norm: the draw as in `perturb`, kind, eps, offset, out_dtype.
     """
     *draw, kind, eps, offset, out_dtype = draw_and_norm
-    rows = x.double().reshape(math.prod(x.shape[:-1]), x.shape[-1])  # of no features too
+    rows = _matrix(x)
     mean = rows.mean(1) if kind == "layer" else torch.zeros_like(rows[:, :1].sum(1))
     rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
     y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (
@@ -424,7 +429,7 @@ def norm_bwd(
     draw_and_norm: the draw as in `perturb`, kind, offset.
     """
     *draw, kind, offset = draw_and_norm
-    rows, g = (t.double().reshape(math.prod(x.shape[:-1]), x.shape[-1]) for t in (x, du))
+    rows, g = _matrix(x), _matrix(du)
     mean = stats[0].double()[:, None] if kind == "layer" else 0.0
     rstd = stats[-1].double()[:, None]
     h = (rows - mean) * rstd

@@ -270,15 +270,14 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             DIPInput or a LoRA layer, or behind a norm, which the message names; or a model some of
             whose modules noise their output, convert(place="producer").
     """
-    producers = [
-        name or "(root)" for name, layer in named_layers(model).items() if layer.noises_output
-    ]
+    layers = named_layers(model)
+    producers = [name or "(root)" for name, layer in layers.items() if layer.noises_output]
     if producers:
         raise ValueError(
             f"model: method='analytic' takes layers that noise their own input, got {producers} "
             "that noise their output (convert with place='producer'). Use method='sample'"
         )
-    mode = _Expectations(named_layers(model))
+    mode = _Expectations(layers)
 
     def enter(*call: object) -> None:
         mode.inside += 1
@@ -316,7 +315,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
-        for name, layer in named_layers(model).items():
+        for name, layer in layers.items():
             if _is_linear(layer):
                 stack.enter_context(around(layer, enter, behind_linear(name)))
             else:
