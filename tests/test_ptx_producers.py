@@ -123,10 +123,15 @@ def test_compiled_activations_and_gates_match_reference(case, name, dtype, arch)
 def test_compiled_relu_has_the_gradient_of_torch_to_the_bit(arch):
     a, du = (numbers(5, 41, seed=i) for i in range(2))
     du[:, ::3], du[0] = INF, -INF
+    where = (None, SEED, -1, 0, 0, 0, 1.0, False, "relu")
     with on_gpu(arch, CONFIGS[arch]):
-        da, *_ = gate.gate_bwd(du, a, None, None, SEED, -1, 0, 0, 0, 1.0, False, "relu")
+        found = [
+            gate.gate_bwd(du, a, None, *where)[0],
+            gate.gate_bwd(torch.ones_like(du), a, du, *where)[0],  # the other factor, infinite
+        ]
     want = torch.ops.aten.threshold_backward(du, a, 0)
-    assert torch.equal(da.view(torch.int32), want.view(torch.int32))
+    for da in found:
+        assert torch.equal(da.view(torch.int32), want.view(torch.int32))
 
 
 @pytest.mark.parametrize("arch", [80, slow(90)])

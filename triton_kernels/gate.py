@@ -83,16 +83,17 @@ def _gate_bwd_kernel(
         a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
         a = tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype)
         # compute
-        da = act_bwd(du, a, ACTIVATION)
+        dy = du
         if b_ptr is not None:
             b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
-            da *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
+            dy = du * tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
             db_off = tile_offsets(
                 outer, inner, col, db_outer * VEC, db_inner * VEC, db_col, ROWS_LAST
             )
             tl.store(
                 db_ptr + db_off, (du * act(a, ACTIVATION)).to(db_ptr.dtype.element_ty), mask=mask
             )
+        da = act_bwd(dy, a, ACTIVATION)
         # store
         da_off = tile_offsets(outer, inner, col, da_outer * VEC, da_inner * VEC, da_col, ROWS_LAST)
         tl.store(da_ptr + da_off, da.to(da_ptr.dtype.element_ty), mask=mask)
