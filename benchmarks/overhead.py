@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,13 +90,9 @@ class Run:
         return timing.interleave(calls, base, self.device, **(settings | options))
 
     def add(self, timed: dict[str, dict], **labels) -> None:
-        for variant, values in timed.items():
-            self.rows.append({**labels, "device": self.device.type, "variant": variant, **values})
-        for variant, reason in self.missing.items():
-            if labels["section"] in ("linear", "small"):
-                self.rows.append(
-                    {**labels, "device": self.device.type, "variant": variant, "missing": reason}
-                )
+        missing = self.missing if labels["section"] in ("linear", "small") else {}
+        found = timed | {name: {"missing": reason} for name, reason in missing.items()}
+        self.rows += [{**labels, "variant": name, **values} for name, values in found.items()]
 
 
 def _modules(
@@ -123,13 +120,10 @@ def linear_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
     plain, x, dy = peers.inputs_of(shape, dtype, run.device)
     run.missing.clear()
     modules = _modules(run, plain, LAYERS, x, dy)
-    flops = 2 * shape[0] * shape[1] * shape[2]
     labels = {"section": "linear", "dtype": name_of(dtype), "shape": text_of(shape)}
     for index, (what, make) in enumerate(timing.passes(x, dy).items()):
         timed = run.interleave({name: make(module) for name, module in modules.items()}, "linear")
         for name, values in timed.items():
-            if "seconds" in values:
-                values["flop_per_s"] = flops * (3 if index else 1) / values["seconds"]
             if index and "seconds" in values:
                 module = modules[name]
                 values["saved_bytes"] = timing.saved_bytes(
@@ -163,10 +157,6 @@ def perturb_case(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     }
     with torch.no_grad():
         timed = run.interleave(calls, "dip", budget_s=run.budget_s / 2, seldom=3)
-    for variant, values in timed.items():
-        if "seconds" in values:
-            passes = 1 if variant in ("dip, gradient of sigma", "randn_like alone") else 2
-            values["bytes_per_s"] = passes * x.nbytes / values["seconds"]
     if run.has_targets and name_of(dtype) in PERTURB_TARGETS:
         timed["eager"]["target"] = PERTURB_TARGETS[name_of(dtype)]
     run.add(timed, section="perturb", dtype=name_of(dtype), shape=text_of(shape))
@@ -239,11 +229,10 @@ def _linear_table(rows: list[dict], rates: dict) -> str:
         found = _select(rows, section="linear", **case)
         base, ours = found["linear"], found["dip"]
         limit = rates.get("matmul_flop_per_s", {}).get(case["dtype"])
-        share = (
-            f"{ours['flop_per_s'] / 1e12:.3g} of {limit / 1e12:.3g}"
-            if limit and "flop_per_s" in ours
-            else ""
-        )
+        share = ""
+        if limit and "seconds" in ours:
+            flops = 2 * math.prod(shape_of(case["shape"])) * (3 if case["what"] == WHATS[1] else 1)
+            share = f"{flops / ours['seconds'] / 1e12:.3g} of {limit / 1e12:.3g}"
         lines.append(
             [
                 f"{case['dtype']} {case['shape']}",
@@ -293,6 +282,8 @@ def _perturb_table(rows: list[dict], rates: dict) -> str:
         found = _select(rows, section="perturb", **case)
         ours, eager = found["dip"], found["eager"]
         target = eager.get("target")
+        m, k = map(int, case["shape"].split("x"))
+        moved = 2 * m * k * getattr(torch, case["dtype"]).itemsize / ours["seconds"]
         verdict = (
             ""
             if target is None
@@ -302,7 +293,7 @@ def _perturb_table(rows: list[dict], rates: dict) -> str:
             [
                 f"{case['dtype']} {case['shape']}",
                 report.duration(ours["seconds"]),
-                f"{ours['bytes_per_s'] / 1e9:.1f} of {rates['copy_bytes_per_s'] / 1e9:.1f}",
+                f"{moved / 1e9:.1f} of {rates['copy_bytes_per_s'] / 1e9:.1f}",
                 report.duration(found["dip, gradient of sigma"]["seconds"]),
                 report.ratio(eager, spread=True),
                 verdict,

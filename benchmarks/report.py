@@ -137,7 +137,7 @@ def compact(value: object, indent: int = 0, row: bool = False) -> str:
     return "[\n" + ",\n".join(pad + compact(item, indent + 1, True) for item in value) + end + "]"
 
 
-KEYS = ("section", "device", "dtype", "shape", "what", "variant")
+KEYS = ("section", "dtype", "shape", "what", "variant")
 
 
 def _key(row: dict) -> str:

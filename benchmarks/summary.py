@@ -6,7 +6,7 @@ Takes runs that overhead.py, cost.py, averaging.py, models.py, producers.py, pro
 and gpu_check.py stored, and writes benchmarks/results/<kind>-<release>.json, which git keeps; the
 runs themselves stay in out/, which it does not.
 
-Of each program the newest whole run is kept: machine, medians, ratios and quartiles. Of the other
+Of each program the newest whole run is kept, without what no table shows. Of the other
 runs of overhead.py the ratios of DIP are, one beside another: how far a figure moves from run to
 run. `overhead.py --from` and `cost.py --from` print, or with --docs write, the tables of a record.
 """
@@ -23,11 +23,10 @@ import report
 import dipkernels as dip
 
 DIGITS = 6  # significant; the tables show three
-# of use where microseconds are compared, in the section small
-DIFFERENCES = (
-    "over_base_s",
-    "over_base_quartiles_s",
-)
+# What no table shows and no comparison reads: everywhere, but in the section small, and of a program
+UNREAD = {"traceback", "said", "elapsed_s", "rounds", "quick", "program"}
+DIFFERENCES = {"over_base_s", "over_base_quartiles_s"}
+UNREAD_OF = {"producers": {"quartiles"}}
 
 
 def program_of(run: dict) -> str:
@@ -52,17 +51,15 @@ def rounded(value: object) -> object:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def condensed(run: object, section: str = "") -> object:
-    """A run without what no table shows."""
+def condensed(run: object, leave: set[str]) -> object:
+    """A run without these keys."""
     if isinstance(run, list):
-        return [condensed(item, section) for item in run]
+        return [condensed(item, leave) for item in run]
     if not isinstance(run, dict):
         return run
-    section = run.get("section", section)
-    leave = {"traceback", "said", "elapsed_s"} | (set() if section == "small" else set(DIFFERENCES))
-    if "section" in run:
-        leave.add("device")  # the machine's
-    return {key: condensed(item, section) for key, item in run.items() if key not in leave}
+    if run.get("section") == "small":
+        leave = leave - DIFFERENCES
+    return {key: condensed(item, leave) for key, item in run.items() if key not in leave}
 
 
 def ratios_of(run: dict) -> dict[str, float]:
@@ -119,11 +116,9 @@ def summarise(runs: list[dict], release: str) -> dict:
         "command": "python benchmarks/summary.py",
     }
     for program, found in sorted(by_program.items()):
-        record[program] = rounded(
-            condensed(
-                max(found, key=lambda run: (len(run.get("rows", [])), run["machine"]["date"]))
-            )
-        )
+        newest = max(found, key=lambda run: (len(run.get("rows", [])), run["machine"]["date"]))
+        leave = UNREAD | DIFFERENCES | UNREAD_OF.get(program, set())
+        record[program] = rounded(condensed(newest, leave))
     if overheads := by_program.get("overhead"):
         record["overhead, run by run"] = between(overheads)
     return record
