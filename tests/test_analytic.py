@@ -116,6 +116,23 @@ def test_analytic_prediction_knows_a_layer_whose_forward_is_called_by_itself():
     assert torch.equal(got, want)
 
 
+class _Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_analytic_prediction_follows_layers_inside_a_module_with_noise_before_it():
+    plain, x = nn.Sequential(_Normed()), torch.randn(6, 8)
+    model = dip.convert(copy.deepcopy(plain), 0.3, before=["0"], batches=[x])
+    got = dip.predict(model, x, method="analytic")
+    assert torch.equal(got, dip.predict(dip.convert(plain, 0.3), x, method="analytic"))
+    assert not torch.equal(got, dip.predict(plain, x, k=0))
+
+
 def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():
     """One noised layer before the activation and an affine one after: the logits' mean is exact."""
     model = one_hidden(nn.GELU(), 32, 4)

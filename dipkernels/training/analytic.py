@@ -40,20 +40,17 @@ _SHAPES |= {"contiguous", "clone", "to", "float", "detach", "type_as"}
 # Linear in one pre-activation, or in each of several layers', whose noises are independent: the
 # mean goes through.
 _ADDS = {"add", "sub", "rsub", "neg"}
-_SUMS = _ADDS | {"sum", "mean", "cat", "stack"}
-_POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
-_PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d", "conv2d"}
-_ORDERS = {"transpose", "permute", "movedim", "t", "T", "mT", "roll"}
-_PARTS = {"chunk", "split", "getitem", "index_select", "select", "narrow", "unbind"}
-_REPEATS = {"expand", "repeat", "repeat_interleave", "pad", "where", "masked_fill"}
-# Not linear: they read the mean, as in Algorithm 3.
-_NORMS = {"layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}
-_ATTENTION = {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
-_LOSSES = {"log_softmax", "cross_entropy", "argmax"}
 _FACTORS = {"mul", "div", "truediv"}
-_LINEAR = _SUMS | _POOLS | _ORDERS | _PARTS | _REPEATS
-_THROUGH = _LINEAR | _PRODUCTS | _NORMS | _ATTENTION | _LOSSES
-_COMPUTES = _LINEAR | _FACTORS | _PRODUCTS | _NORMS | _ATTENTION
+_THROUGH = _ADDS | {"sum", "mean", "cat", "stack"}
+_THROUGH |= {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
+_THROUGH |= {"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d", "conv2d"}
+_THROUGH |= {"transpose", "permute", "movedim", "t", "T", "mT", "roll"}
+_THROUGH |= {"chunk", "split", "getitem", "index_select", "select", "narrow", "unbind"}
+_THROUGH |= {"expand", "repeat", "repeat_interleave", "pad", "where", "masked_fill"}
+# Not linear: they read the mean, as in Algorithm 3.
+_THROUGH |= {"layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}
+_THROUGH |= {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+_THROUGH |= {"log_softmax", "cross_entropy", "argmax"}
 
 
 class _Normal(NamedTuple):
@@ -121,7 +118,7 @@ class _Expectations(TorchFunctionMode):
         if slope is not None and normal.v is not None:
             draws = normal.draws or (self._draws[normal.layer],)
             self.mark(out, normal.v.to(slope.device) * slope, normal.layer, draws)
-        elif name in _COMPUTES or name.startswith("get"):
+        elif name in _THROUGH | _FACTORS or name.startswith("get"):
             self._computed(out, found, name in _ADDS and not kwargs)
         found = [n for n in found if not n.draws]
         if not found:
@@ -279,47 +276,28 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     mode = _Expectations(layers)
 
+    names = {layer: name for name, layer in layers.items()}
+
     def enter(*call: object) -> None:
         mode.inside += 1
 
-    def behind(name: str) -> Callable[..., Tensor | None]:
-        def hook(
-            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Tensor | None:
-            if not isinstance(output, Tensor):
-                return None
-            if output is input_of(layer, args, kwargs):  # a DIPInput's
-                output = output.view_as(output)
-            mode.mark(output, None, name)
-            return output
-
-        return hook
-
-    def behind_linear(name: str) -> Callable[..., Tensor | None]:
-        def hook(
-            layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Tensor | None:
-            try:
-                if not isinstance(output, Tensor):
-                    return None
-                if getattr(layer, "activation", None) is None:
-                    mode.mark(output, _variance(layer), name)
-                    return None
-                x = input_of(layer, args, kwargs)
-                mu = F.linear(x, layer.weight, layer.bias)
-                return functional.expectation(mu, _variance(layer), layer.activation)
-            finally:
-                mode.inside -= 1
-
-        return hook
+    def behind(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        linear = _is_linear(layer)
+        mode.inside -= linear
+        if not isinstance(output, Tensor):
+            return None
+        x, v = input_of(layer, args, kwargs), _variance(layer) if linear else None
+        if v is not None and getattr(layer, "activation", None) is not None:
+            mu = F.linear(x, layer.weight, layer.bias)
+            return functional.expectation(mu, v, layer.activation)
+        output = output.view_as(output) if output is x else output  # a DIPInput's
+        mode.mark(output, v, names[layer])
+        return output
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
-        for name, layer in layers.items():
-            if _is_linear(layer):
-                stack.enter_context(around(layer, enter, behind_linear(name)))
-            else:
-                stack.enter_context(around(layer, after=behind(name)))
+        for layer in names:
+            stack.enter_context(around(layer, enter if _is_linear(layer) else None, behind))
         for module in model.modules():  # torch's own call the functions that are followed
             if may_produce(module) and not type(module).__module__.startswith("torch.nn."):
                 stack.enter_context(mode.around(module))
