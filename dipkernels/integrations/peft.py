@@ -176,15 +176,6 @@ def _around(name: str) -> str:
     return name.replace(".base_layer.variance.", ".variance.")
 
 
-def _shares(model: nn.Module) -> list[list[str]]:
-    """The groups of layers that share their noise, by their names."""
-    groups: dict[Any, list[str]] = {}
-    for name, layer in named_layers(model).items():
-        if layer.share is not None:
-            groups.setdefault(layer.share, []).append(name)
-    return list(groups.values())
-
-
 def _with_noise(model: PeftModel, unload: Callable[[], nn.Module]) -> nn.Module:
     """What `unload` gives, its layers noised as those of the model were."""
     if not dip_layers(model):
@@ -198,13 +189,16 @@ def _with_noise(model: PeftModel, unload: Callable[[], nn.Module]) -> nn.Module:
 
     state: dict[str, Tensor] = {plain(name): values for name, values in variances(model).items()}
     noised = {plain(name): layer for name, layer in named_layers(model).items()}
-    share = [[plain(name) for name in group] for group in _shares(model)]
+    shared: dict[Any, list[str]] = {}
+    for name, layer in noised.items():
+        if layer.share is not None:
+            shared.setdefault(layer.share, []).append(name)
     samples = {name: layer.num_samples for name, layer in noised.items()}
     base = unload()
     layers: dict[str, Any] = plain_names(base, remove_duplicate=False)
     lost = {name for name in noised if not isinstance(layers[name], DIPLayer)}
     if lost:
-        groups = [group for group in share if lost.issuperset(group)]
+        groups = [group for group in shared.values() if lost.issuperset(group)]
         convert(base, filter=lambda module, name: name in lost, share=groups)
         for name in lost:
             layers[name].num_samples = samples[name]
