@@ -10,7 +10,7 @@ from torch import nn
 
 from ..arguments import integer
 from ..config import DIPConfig, require_config, save
-from .parts import noise_of_step, size_of, warn_of_another
+from .parts import noise_of_step, warn_of_another
 
 
 def step_noise(
@@ -47,8 +47,7 @@ def step_noise(
     config = require_config(model)
     micro, batch_size = integer("micro", micro, 0), integer("batch_size", batch_size, 1)
     place = micro, accelerator.process_index, accelerator.num_processes
-    rows = 0 if batch is None else size_of(batch)
-    return noise_of_step(config, step, batch, place, batch_size, rows)
+    return noise_of_step(config, step, batch, place, batch_size)
 
 
 def keep_config(accelerator: Any, model: nn.Module) -> None:

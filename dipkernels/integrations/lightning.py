@@ -30,7 +30,6 @@ from .parts import (
     on_trajectories,
     one_start,
     require_groups,
-    size_of,
     size_of_batches,
     warn_of_another,
     warn_of_faults,
@@ -218,8 +217,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         self._at = (step, micro)
         place = micro, trainer.global_rank, trainer.world_size
         size = size_of_batches(trainer.train_dataloader)
-        noise = noise_of_step(config, step, batch, place, size, size_of(batch))
-        self._noise.enter_context(noise)
+        self._noise.enter_context(noise_of_step(config, step, batch, place, size))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if not self._checked:

@@ -179,10 +179,17 @@ def size_of_batches(loader: Any) -> int | None:
     return own or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
 
 
-def size_of(batch: Any) -> int:
-    """The first size of the first tensor in a batch; 1 where there is none."""
-    leaves = pytree.tree_leaves(batch)
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+def _tensors(batch: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+
+
+def _size_of(batch: Any) -> int:
+    """The first size of its first tensor, or of both parts of a pair, which ORPO puts into one
+    batch; 0 where there is no tensor."""
+    given = batch if isinstance(batch, Mapping) else {}
+    pair = [given[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in given]
+    return sum(len(part) for part in pair or _tensors(batch)[:1])
 
 
 def step_of(step: int, batch: Any) -> int:
@@ -192,8 +199,7 @@ def step_of(step: int, batch: Any) -> int:
     A layer has a row of noise for each token of an example. So those of long examples would run
     into the next ones of short examples, in another micro-batch or on another rank.
     """
-    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    sizes = [tuple(each.shape[1:]) for each in leaves if isinstance(each, Tensor) and each.ndim > 1]
+    sizes = [tuple(each.shape[1:]) for each in _tensors(batch) if each.ndim > 1]
     return step + (zlib.crc32(repr(sizes).encode()) * GOLDEN if sizes else 0)
 
 
@@ -206,17 +212,16 @@ def noise_of_step(
     batch: Any,
     place: tuple[int, int, int],
     batch_size: int | None,
-    rows: int,
 ) -> contextlib.AbstractContextManager[object]:
     """The noise of a micro-batch, by its place in the batch of an optimiser step: of all
     micro-batches of all ranks.
 
     place: the number of the micro-batch, the rank, and how many ranks there are. batch_size: of a
-    whole micro-batch, the same everywhere; the last one may be smaller. None where they are of any
-    size: then no two have a row in common, and that is all. rows: of this one, which may be more: a
-    preference batch has two for each example; 0 where they are not known.
+    whole micro-batch, the same everywhere; the last one may be smaller, and a preference batch has
+    two rows for each example. None where they are of any size: then no two have a row in common,
+    and that is all.
     """
-    micro, rank, world = place
+    (micro, rank, world), rows = place, _size_of(batch)
     each = _APART if batch_size is None else batch_size * max(1, -(-rows // batch_size))
     first = (micro * world + rank) * each
     return config.noise(step_of(step, batch), first * config.m, rows * config.m)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import json
 import math
 import os
 import shutil
@@ -17,12 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..arguments import described, integer
 from ..config import (
@@ -43,6 +40,7 @@ from ..noise import contexts
 from ..noise.contexts import noise_off
 from ..reports import metrics
 from ..training.objective import kl_penalty, smoothness
+from ..training.predict import logits_of
 from .parts import (
     config_of_run,
     learning_variances,
@@ -107,6 +105,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         self._dip_batches = integer("calibration_batches", calibration_batches, 1)
         self._dip_at: tuple[Any, int, int] = (None, -1, 0)  # state of the run, step, micro-batch
         self._dip_checked = self._dip_loss_made = self._dip_adds_examples = False
+        self._dip_missing: set[str] = set()  # weights that the trainer has not found to load
         super().__init__(*args, **options)
         self._dip_started = True
         if is_deepspeed_zero3_enabled():
@@ -245,16 +244,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         run, before, last = self._dip_at  # a run that starts again has another state
         micro = last + 1 if run is self.state and before == step else 0
         self._dip_at = (self.state, step, micro)
-        given = inputs if isinstance(inputs, Mapping) else {}
-        sizes = {name: len(v) for name, v in given.items() if isinstance(v, Tensor) and v.ndim}
-        # ORPO puts them into one batch
-        pair = [sizes[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in sizes]
-        rows = sum(pair) or next(iter(sizes.values()), 0)
         place = micro, self.args.process_index, self.args.world_size
         loader = self.callback_handler.train_dataloader
         known = loader is None or size_of_batches(loader)
         size = self._train_batch_size if known else None
-        return noise_of_step(config, self.args.seed * _RUN + step, inputs, place, size, rows)
+        return noise_of_step(config, self.args.seed * _RUN + step, inputs, place, size)
 
     def _dip_require_loss(self) -> None:
         """Raise ValueError where the step has gone past this class's compute_loss."""
@@ -455,6 +449,10 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if was_plain and is_peft(target):  # now each adapter with its variances
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._dip_missing = set(load_result.missing_keys)
+        super()._issue_warnings_after_load(load_result)
+
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
@@ -470,8 +468,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             self._dip_restore(self.model, self.state.best_model_checkpoint)
 
     def _dip_restore(self, model: Any, folder: str) -> None:
-        own = config_of(model)
-        if not self.is_fsdp_enabled:
+        own, tied = config_of(model), getattr(model, "all_tied_weights_keys", None) or ()
+        if not self.is_fsdp_enabled and self._dip_missing.difference(tied):
             _load_renamed(model, folder)
         if own is None:
             folder = _folder_of_adapter(model, folder)
@@ -506,8 +504,7 @@ def _is_times(first: float, second: float, factor: int) -> bool:
 
 
 def _logits(outputs: Any) -> Tensor:
-    of_mapping = isinstance(outputs, Mapping)
-    found = outputs.get("logits") if of_mapping else getattr(outputs, "logits", None)
+    found = logits_of(outputs)
     if not isinstance(found, Tensor) or not found.requires_grad:
         raise ValueError(
             "lambda_s: expected logits that the trainer's loss is made of, got none (a fused "
@@ -550,26 +547,12 @@ def _load_renamed(model: Any, folder: str) -> None:
     """
     if not isinstance(model, transformers.PreTrainedModel):
         return
-    own, stored = model.state_dict().keys() - variance_tensors(model), _stored_names(folder)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if stored and own - stored - tied:
-        loaded = type(model).from_pretrained(folder).state_dict()
-        missing = model.load_state_dict(loaded, strict=False).missing_keys
-        if missing:
-            raise ValueError(
-                f"folder: expected the weights of this model in {folder}, got none for {missing}"
-            )
-
-
-def _stored_names(folder: str) -> set[str]:
-    """The names of the weights that save_pretrained wrote into the folder."""
-    index, whole = Path(folder, SAFE_WEIGHTS_INDEX_NAME), Path(folder, SAFE_WEIGHTS_NAME)
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not whole.is_file():
-        return set()
-    with safetensors.safe_open(whole, "pt") as weights:
-        return set(weights.keys())
+    loaded = type(model).from_pretrained(folder).state_dict()
+    missing = model.load_state_dict(loaded, strict=False).missing_keys
+    if missing:
+        raise ValueError(
+            f"folder: expected the weights of this model in {folder}, got none for {missing}"
+        )
 
 
 def from_pretrained(
