@@ -340,26 +340,6 @@ def test_analytic_without_noise_or_activation_is_the_plain_layer():
         torch.testing.assert_close(y, ACTIVATIONS[activation](plain), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("names", ["x", "w", "b", "s", "xs", "wb", "ws", "xwb", "xws", ""])
-def test_analytic_gives_the_gradients_that_are_wanted_with_and_without_a_bias(names):
-    x, weight, bias, sigma, dy = inputs()
-    for b in (bias, None):
-        every = [t if t is None else t.clone().requires_grad_() for t in (x, weight, b, sigma)]
-        some = [
-            t if t is None else t.clone().requires_grad_(n in names)
-            for n, t in zip("xwbs", (x, weight, b, sigma))
-        ]
-        ys = [layer(*t, activation="silu", estimator="analytic") for t in (every, some)]
-        assert torch.equal(*ys)
-        assert ys[1].requires_grad == bool(set(names) - set("b" if b is None else ""))
-        ys[0].backward(dy)
-        if ys[1].requires_grad:
-            ys[1].backward(dy)
-        for name, full, part in zip("xwbs", every, some, strict=True):
-            if part is not None:
-                assert torch.equal(part.grad, full.grad) if name in names else part.grad is None
-
-
 @pytest.mark.parametrize("lead", [None, (), (2, 3), (0,)])
 def test_analytic_takes_a_row_and_leading_dimensions(lead):
     x, weight, bias, sigma, dy = inputs(4, 24, 12, lead=lead or ())
@@ -420,43 +400,6 @@ def test_averaging_compiles_whole(estimator, samples):
     outs = [run(*leaves) for run in (step, compiled)]
     torch.testing.assert_close(*outs)
     torch.testing.assert_close(*(torch.autograd.grad(out.sum(), leaves) for out in outs))
-
-
-# ---- operations ----------------------------------------------------------------------------------
-
-
-def examples():
-    x, weight, bias, sigma, dy = inputs(6, 20, 5)
-    for b, activation in ((bias, "gelu"), (None, "relu")):
-        how = (weight, b, sigma, SEED, 5, 3, 1, 0.5, True, 2, activation)
-        yield "linear", (x, *how, torch.float16)
-        yield "linear_bwd", (dy, x, *how)
-    v = torch.rand(5)
-    yield "expectation", (dy, v, "tanh")
-    yield "expectation_bwd", (dy.t().contiguous().t(), dy, v, "relu")
-    yield "affine_variance", (weight, sigma, True)
-    yield "affine_variance_bwd", (v, weight, sigma, False, None)
-    yield "affine_variance_bwd", (v, weight, sigma, True, weight.bfloat16())
-
-
-@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
-@pytest.mark.parametrize("index", range(len(list(examples()))))
-def test_averaging_ops_pass_opcheck(namespace, index):
-    name, arguments = list(examples())[index]
-    overload = getattr(getattr(torch.ops, namespace), name).default
-    torch.library.opcheck(
-        overload,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
-    by_columns = [
-        a.t().contiguous().t() if isinstance(a, torch.Tensor) and a.dim() > 1 else a
-        for a in arguments
-    ]
-    torch.library.opcheck(overload, by_columns, test_utils="test_faketensor")
-    if name.startswith("linear") and namespace == "dipkernels":
-        first = torch.randn(6, 5)
-        torch.library.opcheck(overload, (*arguments, first), test_utils="test_faketensor")
 
 
 # ---- the layer -----------------------------------------------------------------------------------

@@ -103,26 +103,6 @@ def test_linear_gradcheck_and_gradgradcheck(keep, log_variance, bias):
     assert gradcheck(run, arguments) and gradgradcheck(run, arguments)
 
 
-@pytest.mark.parametrize("keep", ["u", "x"])
-@pytest.mark.parametrize(
-    "needs", ["x", "weight", "bias", "sigma", "x weight", "weight sigma", "x sigma"]
-)
-def test_linear_backward_gives_each_input_only_what_it_needs(needs, keep):
-    x, weight, bias, dy, sigma = inputs()
-    _, want = run(x, weight, bias, dy, sigma, keep=keep)
-    names = ("x", "weight", "bias", "sigma")
-    leaves = {
-        name: t.requires_grad_(name in needs.split())
-        for name, t in zip(names, (x, weight, bias, sigma), strict=True)
-    }
-    functional.dip_linear(*leaves.values(), SEED, keep=keep).backward(dy)
-    for name, gradient in zip(names, want, strict=True):
-        if name in needs.split():
-            torch.testing.assert_close(leaves[name].grad, gradient, rtol=1e-6, atol=1e-6)
-        else:
-            assert leaves[name].grad is None
-
-
 def test_linear_keeps_for_backward_what_a_linear_keeps():
     x, weight, bias, _, sigma = inputs(256, 64, 32)
     leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
@@ -148,40 +128,6 @@ def test_linear_layers_of_one_input_keep_it_once():
     one = 256 * 64 * 4
     assert saved_bytes(lambda: three("x"), leaves) <= one + 3 * 16
     assert 3 * one <= saved_bytes(lambda: three("u"), leaves) <= 3 * one + 3 * 16
-
-
-@pytest.mark.parametrize("keep", ["u", "x"])
-def test_linear_replays_in_backward(keep):
-    """Three forwards of one layer before one backward equal three of each."""
-    x, weight, bias, dy, sigma = inputs()
-    seeds = [torch.tensor([k, 0]) for k in range(3)]
-    sigma = sigma.requires_grad_()
-    together = sum(
-        (functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum() for s in seeds
-    )
-    (got,) = torch.autograd.grad(together, sigma)
-    apart = [
-        torch.autograd.grad(
-            (functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum(), sigma
-        )[0]
-        for s in seeds
-    ]
-    torch.testing.assert_close(got, sum(apart))
-
-
-def test_linear_under_torch_func():
-    x, weight, bias, _, sigma = (t.double() for t in inputs(6, 8, 3))
-
-    def loss(weight, sigma):
-        return functional.dip_linear(x, weight, bias, sigma, SEED).square().sum()
-
-    leaves = weight.clone().requires_grad_(), sigma.clone().requires_grad_()
-    torch.testing.assert_close(
-        torch.func.grad(loss, argnums=(0, 1))(weight, sigma),
-        torch.autograd.grad(loss(*leaves), leaves),
-    )
-    rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED))(x)
-    torch.testing.assert_close(rows[3], functional.dip_linear(x[3], weight, bias, sigma, SEED))
 
 
 @pytest.mark.parametrize(

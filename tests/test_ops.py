@@ -2,12 +2,13 @@
 Python's."""
 
 import hashlib
+import itertools
 
 import pytest
 import torch
 from layout_support import ALL, cases, fake_of, kinds_of
 
-from dipkernels import backends, functional, producers
+from dipkernels import backends, functional, producers, testing
 from dipkernels.ops import registry
 from dipkernels.ops.draw import DTYPES, Draw
 from dipkernels.ops.expectation import expectation
@@ -18,33 +19,31 @@ WHERE = (-1, 5, 3, 0)
 NAMESPACES = ["dipkernels", "dipkernels_reference"]
 
 
-def examples():
-    x, sigma = torch.randn(6, 20), torch.rand(20)
-    channels, small = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last), torch.rand(5)
-    scale = (0.5, True)
-    yield "noise", (SEED, [4, 9], *WHERE)
-    yield "noise", (SEED, [2, 9, 3], 1, 0, 0, 2)
-    for data, s, dim in (
-        (x, sigma, -1),
-        (x.t(), torch.rand(6), 1),
-        (channels, small, 1),
-        (x[:, 1:8], torch.rand(7), -1),
-        (x.double(), sigma.double(), 1),
-    ):
-        where = (dim, *WHERE[1:])
-        yield "perturb", (data, s, SEED, *where, *scale, None)
-        yield "perturb", (data, s, SEED, *where, *scale, torch.bfloat16)
-        yield "perturb_bwd", (data, s, SEED, *where, *scale)
-        yield "perturb_replay", (data + 1, data, s, SEED, *where, *scale, None)
+def variants(op, overload, dtype):
+    """Arguments for an operation: each that may be None is given, and in another call left out."""
+    schema = overload._schema.arguments
+    names = [a.name for a in schema if not a.has_default_value()]
+    found = testing._inputs(names, [3, 2, 8], dtype, op)
+    found |= {"row0": 5, "col0": 3, "factor": 0.5, "log_variance": True}
+    whole = {name: found[name] for name in names}
+    yield whole
+    for argument in schema:
+        if argument.name in whole and isinstance(argument.type, torch.OptionalType):
+            other = {"out_dtype": torch.bfloat16, "given": torch.rand(11, 8).bfloat16()}
+            yield {**whole, argument.name: other.get(argument.name)}
+    if len(names) < len(schema) and overload.namespace == "dipkernels":
+        yield {**whole, "first": torch.rand(3, 2, 11, dtype=dtype)}
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("index", range(len(list(examples()))))
-def test_ops_pass_opcheck(namespace, index):
-    name, arguments = list(examples())[index]
-    overload = getattr(getattr(torch.ops, namespace), name).default
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(overload, arguments, test_utils=checks)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", registry.SCHEMAS)
+def test_ops_pass_opcheck(op, dtype, namespace):
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    checks = ["test_schema", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] * (dtype is torch.float32)
+    for arguments in variants(op, overload, dtype):
+        torch.library.opcheck(overload, (*arguments.values(),), test_utils=checks)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -137,13 +136,18 @@ def test_ops_namespaces_have_one_schema():
         assert len(texts) == 1
 
 
-AGAIN = {  # each operation with a backward pass of its own, on x, a matrix, and two vectors
+# Each function with a backward pass of its own, of x, a matrix, and two vectors.
+FUNCTIONS = {
+    "perturb": lambda x, w, b, s: functional.perturb(x @ w + b, s, SEED),
     "keep": lambda x, w, b, s: functional.dip_linear(x, w, b, s, SEED, keep="x"),
     "mean": lambda x, w, b, s: functional.dip_linear(
         x, w, b, s, SEED, num_samples=2, activation="tanh", estimator="mean"
     ),
     "analytic": lambda x, w, b, s: functional.dip_linear(
         x, w, b, s, SEED, activation="tanh", estimator="analytic"
+    ),
+    "without a bias": lambda x, w, b, s: (
+        b * functional.dip_linear(x, w, None, s, SEED, activation="silu", estimator="analytic")
     ),
     "expectation": lambda x, w, b, s: functional.expectation(x @ w + b, s, "tanh"),
     "norm": lambda x, w, b, s: producers.norm(x, w[0], b, s, SEED, kind="layer", eps=1e-3),
@@ -152,28 +156,45 @@ AGAIN = {  # each operation with a backward pass of its own, on x, a matrix, and
 }
 
 
-@pytest.mark.parametrize("name", AGAIN)
+def leaves(dtype=torch.float64):
+    shapes = (5, 4), (4, 4), (4,)
+    return [*(torch.randn(shape, dtype=dtype) for shape in shapes), torch.rand(4, dtype=dtype)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ops_give_the_gradients_that_are_wanted(name):
+    tensors, every = leaves(torch.float32), None
+    for needs in itertools.product((True, False), repeat=4):
+        given = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs)]
+        y = FUNCTIONS[name](*given)
+        assert y.requires_grad == any(needs)
+        if any(needs):
+            y.sin().sum().backward()
+        every = every or [t.grad for t in given]
+        for t, need, want in zip(given, needs, every):
+            torch.testing.assert_close(t.grad, want if need else None, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_ops_that_read_what_was_made_of_their_own_weights_have_one_gradient(name):
     """A layer that is called again, as a recurrent cell: under create_graph no gradient counts
     twice what reaches it through the input."""
-    x, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
-    leaves = [x, w, torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)]
+    tensors = leaves()
 
-    def loss(*leaves):
-        y = AGAIN[name](*leaves)
-        return AGAIN[name](y, *leaves[1:]).square().sum()
+    def loss(x, *rest):
+        return FUNCTIONS[name](FUNCTIONS[name](x, *rest), *rest).square().sum()
 
     def penalty(grads):
         return sum((g * g).sum() for g in grads)
 
     each = tuple(range(4))
-    want = torch.func.grad(loss, each)(*leaves)
-    twice = torch.func.grad(lambda *p: penalty(torch.func.grad(loss, each)(*p)), each)(*leaves)
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    torch.testing.assert_close(torch.autograd.grad(loss(*leaves), leaves), want)
-    got = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    want = torch.func.grad(loss, each)(*tensors)
+    twice = torch.func.grad(lambda *p: penalty(torch.func.grad(loss, each)(*p)), each)(*tensors)
+    tensors = [t.requires_grad_() for t in tensors]
+    torch.testing.assert_close(torch.autograd.grad(loss(*tensors), tensors), want)
+    got = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(penalty(got), leaves), twice)
+    torch.testing.assert_close(torch.autograd.grad(penalty(got), tensors), twice)
 
 
 def test_ops_meta_tensors_take_shapes_through():

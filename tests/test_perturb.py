@@ -253,15 +253,6 @@ def test_perturb_gradcheck_and_gradgradcheck(name, shape, dim, log_variance):
         assert gradcheck(run, arguments) and gradgradcheck(run, arguments)
 
 
-def test_perturb_backward_gives_each_input_only_what_it_needs():
-    x, du, sigma = inputs((5, 12))
-    x, sigma = x.requires_grad_(), sigma.requires_grad_()
-    (dx,) = torch.autograd.grad(functional.perturb(x, sigma.detach(), SEED), x, du)
-    (dsigma,) = torch.autograd.grad(functional.perturb(x.detach(), sigma, SEED), sigma, du)
-    assert torch.equal(dx, du)
-    assert torch.equal(dsigma, perturb_bwd(du, sigma, SEED, Draw(*arguments())))
-
-
 def test_perturb_replays_in_backward():
     """Three forwards before one backward, against finite differences of the same three draws."""
     seeds = [torch.tensor([k, 0]) for k in range(3)]
@@ -372,12 +363,6 @@ class TestTorchFunc:
             )
             assert torch.func.jvp(run, inputs, tangents)[1].shape == self.x.shape
 
-    def test_perturb_vjp_matches_autograd(self):
-        _, pull = torch.func.vjp(self.run, self.x, self.sigma)
-        x, sigma = self.x.clone().requires_grad_(), self.sigma.clone().requires_grad_()
-        want = torch.autograd.grad(self.run(x, sigma), (x, sigma), self.dx)
-        torch.testing.assert_close(pull(self.dx), want)
-
     def test_perturb_hessian_forward_over_reverse(self):
         def loss(sigma):
             return self.run(self.x, sigma).pow(3).sum()
@@ -386,11 +371,6 @@ class TestTorchFunc:
         want = torch.autograd.functional.hessian(loss, self.sigma)
         torch.testing.assert_close(got, want)
 
-    def test_perturb_vmap_repeats_the_noise_of_an_unbatched_seed(self):
-        batch = torch.stack((self.x, 2 * self.x, self.dx))
-        got = torch.func.vmap(self.run, in_dims=(0, None))(batch, self.sigma)
-        assert torch.equal(got, torch.stack([self.run(x, self.sigma) for x in batch]))
-
     def test_perturb_vmap_draws_by_a_batched_seed(self):
         seeds = torch.tensor([[1, 0], [2, 0]])
         got = torch.func.vmap(
@@ -398,14 +378,6 @@ class TestTorchFunc:
         )(seeds)
         want = [functional.perturb(self.x, self.sigma, seed, log_variance=True) for seed in seeds]
         assert torch.equal(got, torch.stack(want))
-
-    def test_perturb_per_example_gradients(self):
-        def loss(sigma, x):
-            return self.run(x, sigma).square().sum()
-
-        got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(self.sigma, self.x)
-        want = torch.stack([torch.func.grad(loss)(self.sigma, x) for x in self.x])
-        torch.testing.assert_close(got, want)
 
 
 SPREAD = torch.zeros(4, dtype=torch.int64)[::2]
