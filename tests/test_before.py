@@ -586,6 +586,13 @@ def test_noise_before_a_convolution_is_one_for_each_channel_unless_another_dimen
     assert [row.features for row in dip.summary(rows)] == [7]
 
 
+def test_noise_before_what_has_no_weights_lies_where_its_input_does():
+    """As on a GPU; the meta device stands for one."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).to("meta")
+    dip.convert(model, before=["1"], batches=[X.to("meta")])
+    assert model[1].log_variance.is_meta and not model[0].log_variance.is_meta
+
+
 def test_what_before_already_noises_is_not_named():
     assert dip.check(dip.convert(nn.Sequential(Reads()), **at("0")), X)
 

@@ -18,7 +18,7 @@ from ..nn.numbering import need_layers
 from ..nn.variance import Variance
 from ..ops import dtensor
 from .parameters import check_settable, set_named
-from .patterns import value_of_each
+from .patterns import require_alike, value_of_each
 from .probe import around, each_batch, input_of, leaves
 from .spreads import FEW, Examples, measured_spreads
 from .summary import Summary, summary
@@ -92,18 +92,13 @@ def _ratio_of_each(
     ratio: float | Mapping[str, float] | None, layers: Mapping[str, DIPLayer]
 ) -> dict[str, float]:
     """Empty where there is none."""
-    if not isinstance(ratio, Mapping):
-        return {} if ratio is None else dict.fromkeys(layers, ratio)
+    if ratio is None:
+        return {}
     ratios = value_of_each("ratio", ratio, layers, "a DIP layer's name")
     of_variance: dict[Variance, list[str]] = {}  # layers may share one
     for name, layer in layers.items():
         of_variance.setdefault(layer.variance, []).append(name)
-    for names in of_variance.values():
-        if len({ratios[name] for name in names}) > 1:
-            raise ValueError(
-                "ratio: expected one value for layers that share a variance, got different ones "
-                f"for {names}; let one pattern match them all"
-            )
+    require_alike("ratio", ratios, of_variance.values())
     return ratios
 
 

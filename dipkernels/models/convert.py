@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import one_of
+from ..arguments import integer, one_of
 from ..distributed import replicate_variance
 from ..functional import KEEPS
 from ..nn.attention import DIPMultiheadAttention, in_projections
@@ -18,13 +18,13 @@ from ..nn.layer import DIPLayer, weight_of
 from ..nn.linear import DIPLinear
 from ..nn.numbering import Model, dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
-from ..nn.twin import MadeTwin, twin_type
-from ..nn.variance import check_init_variance, device_of_variance
+from ..nn.twin import MadeTwin
+from ..nn.variance import check_init_variance
 from ..nn.wrappers import inmost, plain_names
+from ..ops.draw import MAX_SAMPLES
 from ..worlds import is_dtensor
 from .choose import Choice, choose
 from .convertible import (
-    TWINS,
     Names,
     alike,
     base_layer,
@@ -34,12 +34,13 @@ from .convertible import (
     forward_set_by,
     read_past,
     shown_together,
+    twin_before,
     twin_of,
     unnoised,
 )
 from .marks import forget, remember
-from .patterns import Patterns, shared_groups, value_of_each
-from .place import UNREACHED, Move, ProducerPlan, find_moves
+from .patterns import Patterns, require_alike, shared_groups, value_of_each
+from .place import UNREACHED, ProducerPlan, find_moves
 from .probe import listed, probed
 
 PLACES = ("input", "producer")
@@ -136,6 +137,7 @@ def convert(
     """
     one_of("place", place, PLACES)
     one_of("keep", keep, KEEPS)
+    integer("num_samples", num_samples, 1, MAX_SAMPLES)
     batches = None if batches is None else listed(batches)  # before and place both run them
     choice = choose(model, types, filter, exclude, before)
     names, asked, matched = choice.names, choice.asked, choice.matched
@@ -145,36 +147,39 @@ def convert(
             "nothing reads"
         )
     groups = _groups(choice, share)
-    plan, moves = _placed(model, choice, batches) if place == "producer" else (None, [])
+    plan, moves = find_moves(model, choice, batches) if place == "producer" else (None, [])
+    made = [move for move in moves if move.twin is not None]
     moved = {layer for move in moves for layer in move.layers}
+    staying = [m for m in matched if m not in moved]
     groups = [[m for m in group if m not in moved] for group in groups]
     groups = [group for group in groups if len(group) > 1]
-    staying = [m for m in matched if m not in moved]
-    made = [move for move in moves if move.twin is not None]
-    noised = [*staying, *asked, *(move.producer for move in made)]
-    variance_of = _variances(init_variance, {m: names[m][0] for m in noised}) if noised else {}
-    _one_variance_each(groups, variance_of, names)
     probes = {m: (names[m][0], dim) for m, dim in asked.items()}
-    features, again = probed(model, probes, batches, staying)
+    features, devices, again = probed(model, probes, batches, staying)
     features |= {m: features_of(m) for m in staying}
-    features |= {move.producer: move.features for move in made}
-    for module in noised:
-        _require_one_for_each_feature(module, variance_of[module], features[module])
-    twins = {m: _twin_before(m, dim) for m, dim in asked.items()}
+    features |= {move.producer: features_of(move.layers[0]) for move in made}
+    starts = _starts(init_variance, features, names)
+    of_names = {names[m][0]: start.get("") for m, start in starts.items()}
+    require_alike("init_variance", of_names, [[names[m][0] for m in group] for group in groups])
+    twins: dict[nn.Module, Any] = {m: twin_of(m) for m in staying}
+    twins |= {m: twin_before(type(m), dim) for m, dim in asked.items()}
+    twins |= {move.producer: move.twin for move in made}
+    # of an attention that reads a producer the out-projection is noised all the same
+    twins |= {m: DIPMultiheadAttention for m in moved if isinstance(m, nn.MultiheadAttention)}
     if plan is not None:
         _warn_unreached(plan)
     _warn_of_twice([names[m][0] for m in again])
     _warn_without_noise(choice)  # some make it an error: nothing has changed yet
     # From here on the model changes.
-    for module in staying:
-        _become_dip(module, twin_of(module), variance_of[module], num_samples, features[module])
-    for move in moves:
-        _become_producer(move, variance_of.get(move.producer), num_samples)
+    devices |= {move.producer: move.device for move in made}
     for module, twin in twins.items():
-        _become_dip(module, twin, variance_of[module], num_samples, features[module])
-    for module in (*staying, *twins):
+        start, width = starts.get(module, {}), features.get(module, 0)
+        _become_dip(module, twin, start, num_samples, width, devices.get(module))
         if isinstance(module, DIPLinear):
             module.keep = keep
+    for move in moves:
+        if move.block is not None:
+            block, twin = move.block
+            block.__class__ = twin
     for group in groups:
         share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
@@ -218,8 +223,7 @@ def producer_plan(
           moved  0 (LayerNorm) -> 1
           moved  2 (GELU) -> 3
     """
-    choice = choose(model, types, filter, exclude)
-    return _placed(model, choice, batches)[0]
+    return find_moves(model, choose(model, types, filter, exclude), batches)[0]
 
 
 def to_plain(model: nn.Module) -> nn.Module:
@@ -312,108 +316,43 @@ def _groups(choice: Choice, share: Sequence[Sequence[str]]) -> list[list[nn.Modu
     return groups
 
 
-def _placed(
-    model: nn.Module, choice: Choice, batches: Iterable[Any] | None
-) -> tuple[ProducerPlan, list[Move]]:
-    """The plan of place="producer", and its moves."""
-    if batches is None:
-        raise ValueError(
-            "batches: expected a batch, on which place='producer' sees who reads what, got None"
-        )
-    stay = dict.fromkeys(choice.excluded, "it is excluded") | dict.fromkeys(
-        choice.asked, "its own input is noised: before"
-    )
-    return find_moves(model, choice.names, choice.matched, stay, batches)
-
-
-def _variances(
-    init_variance: float | Mapping[str, float | Tensor], modules: dict[nn.Module, str]
-) -> dict[nn.Module, Any]:
-    """The initial variance of each module to convert; of an attention, one for each of its layers
-    by name."""
-    by_pattern: Mapping[str, float | Tensor] = (
-        init_variance
-        if isinstance(init_variance, Mapping)
-        else {"*": float(check_init_variance(init_variance, 1))}
-    )
-    names = {
-        module: {part: f"{name}.{part}".lstrip(".") for part in in_projections(module)}
-        if isinstance(module, nn.MultiheadAttention)
-        else {"": name}
-        for module, name in modules.items()
-    }
-    every_name = [name for own in names.values() for name in own.values()]
-    found = value_of_each("init_variance", by_pattern, every_name, "a layer to convert")
-    values: dict[nn.Module, Any] = {}
-    for module, own in names.items():
-        starts = {part: _start(found[name]) for part, name in own.items()}
-        values[module] = starts if isinstance(module, nn.MultiheadAttention) else starts[""]
-    return values
-
-
-def _start(value: float | Tensor) -> float | Tensor:
-    """A number, checked; or a tensor of one for each feature, of which not all is known yet."""
-    return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
-
-
-def _require_one_for_each_feature(module: nn.Module, init_variance: Any, features: int) -> None:
-    if isinstance(module, nn.MultiheadAttention):
-        for part, (width, _) in in_projections(module).items():
-            check_init_variance(init_variance[part], width)
-    else:
-        check_init_variance(init_variance, features)
-
-
-def _one_variance_each(
-    groups: list[list[nn.Module]],
-    variance_of: dict[nn.Module, Any],
+def _starts(
+    init_variance: float | Mapping[str, float | Tensor],
+    features: Mapping[nn.Module, int],
     names: Names,
-) -> None:
-    for group in groups:
-        first, *others = (torch.as_tensor(variance_of[m]) for m in group)
-        if not all(torch.equal(first, other) for other in others):
-            raise ValueError(
-                "init_variance: expected one value for layers that share a variance, got "
-                f"different ones for {[names[m][0] for m in group]}; let one pattern match them all"
-            )
-
-
-def _twin_before(module: Any, dim: int) -> type[Any]:
-    """The class of a module that has the projection before it. Raises ValueError where it cannot
-    take it."""
-    plain = type(module)
-    if plain in TWINS and dim == TWINS[plain].feature_dim:
-        return TWINS[plain]
-    twin = twin_type(plain, dim)
-    try:
-        module.__class__ = twin
-        module.__class__ = plain
-    except TypeError as error:
-        raise ValueError(
-            f"before: expected modules whose class can change, got a {plain.__name__}: {error}"
-        ) from None
-    return twin
+) -> dict[nn.Module, dict[str, Any]]:
+    """The initial variance of each module that has features, under ""; of an attention, one for
+    each of its layers by name."""
+    widths = {
+        module: {part: width for part, (width, _) in in_projections(module).items()}
+        if isinstance(module, nn.MultiheadAttention)
+        else {"": number}
+        for module, number in features.items()
+    }
+    full = {
+        (m, part): f"{names[m][0]}.{part}".strip(".") for m, own in widths.items() for part in own
+    }
+    found = value_of_each("init_variance", init_variance, full.values(), "a layer to convert")
+    return {
+        m: {part: check_init_variance(found[full[m, part]], width) for part, width in own.items()}
+        for m, own in widths.items()
+    }
 
 
 def _become_dip(
     module: Any,
     twin: type[Any],
-    init_variance: Any,
+    start: dict[str, Any],
     num_samples: int,
     features: int,
-    device: torch.device | None = None,
+    device: torch.device | None,
 ) -> None:
-    plain = type(module)
     module.__class__ = twin
     module.__dict__.pop("forward", None)  # the plain class's
-    try:
-        if twin is DIPMultiheadAttention:
-            module._set_up(init_variance, num_samples)
-            return
-        module._set_up(features, init_variance, num_samples, device or _device(module))
-    except BaseException:
-        module.__class__ = plain
-        raise
+    if twin is DIPMultiheadAttention:
+        module._set_up(start, num_samples)
+        return
+    module._set_up(features, start[""], num_samples, device)
     base = base_layer(module)
     if base is not module and isinstance(base, DIPLayer):
         # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and
@@ -424,27 +363,6 @@ def _become_dip(
     module.variance.train(module.training)
     if is_dtensor(weight := weight_of(module)):  # the plain layer was parallelised already
         replicate_variance(module.variance, weight.device_mesh)
-
-
-def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
-    """The move's module noises its output; the layers that read it stay plain."""
-    if move.twin is not None:
-        _become_dip(
-            move.producer, move.twin, init_variance, num_samples, move.features, move.device
-        )
-    if move.block is not None:
-        block, twin = move.block
-        block.__class__ = twin
-    for layer in move.layers:
-        if isinstance(layer, nn.MultiheadAttention):  # its out-projection is noised all the same
-            _become_dip(layer, DIPMultiheadAttention, {}, num_samples, move.features)
-
-
-def _device(module: nn.Module) -> torch.device:
-    weight = weight_of(module)
-    if isinstance(weight, Tensor):
-        return device_of_variance(weight, None)
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 # ---- what stays without noise --------------------------------------------------------------------

@@ -137,6 +137,12 @@ def twin_of(module: nn.Module) -> type[Any]:
     return twin_type(kind, feature_dim_of(module), f"DIP{'' if known else package}{kind.__name__}")
 
 
+def twin_before(kind: type[nn.Module], dim: int) -> type[Any]:
+    """The class that a module of this class becomes with noise before it, along dimension dim."""
+    known = TWINS.get(kind)
+    return known if known is not None and known.feature_dim == dim else twin_type(kind, dim)
+
+
 def features_of(module: Any) -> int:
     """The number of input features, or channels, of a module of one of `types`."""
     layer = base_layer(module)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from typing import Any
 
-_T = TypeVar("_T")
+import torch
 
 
 class Patterns:
@@ -41,11 +41,11 @@ class Patterns:
             raise ValueError(_no_match(self._argument, unused, names, what))
 
 
-def value_of_each(
-    argument: str, by_pattern: Mapping[str, _T], names: Collection[str], what: str
-) -> dict[str, _T]:
-    """For each name the value of the first pattern that matches it. Raises ValueError where there
-    is none, and for patterns that decide nothing, as `Patterns.require_used`."""
+def value_of_each(argument: str, values: Any, names: Collection[str], what: str) -> dict[str, Any]:
+    """For each name one value for all, or that of the first pattern that matches it. Raises
+    ValueError where there is none, and for patterns that decide nothing, as
+    `Patterns.require_used`."""
+    by_pattern = values if isinstance(values, Mapping) else {"*": values}
     patterns = Patterns(argument, by_pattern)
     found = {name: patterns.first(name) for name in names}
     without = [name for name, pattern in found.items() if pattern is None]
@@ -56,6 +56,19 @@ def value_of_each(
         )
     patterns.require_used(names, what)
     return {name: by_pattern[pattern] for name, pattern in found.items() if pattern is not None}
+
+
+def require_alike(
+    argument: str, values: Mapping[str, Any], sharing: Iterable[Collection[str]]
+) -> None:
+    """Raise ValueError for names of layers that share a variance and have different values."""
+    for names in sharing:
+        first, *others = (torch.as_tensor(values[name]) for name in names)
+        if not all(torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"{argument}: expected one value for layers that share a variance, got different "
+                f"ones for {list(names)}; let one pattern match them all"
+            )
 
 
 def strings(argument: str, value: object) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from ..nn.twin import made_type
 from ..nn.wrappers import inmost
 from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
+from .choose import Choice
 from .convertible import (
     OUT_PROJECTION,
     Names,
@@ -110,7 +111,6 @@ class Move:
 
     producer: nn.Module
     twin: type[Any] | None  # its DIP class; None of one that was there already
-    features: int
     layers: tuple[nn.Module, ...]  # what reads it
     device: torch.device  # of what it makes
     # with a gated product, the block around it and the class that this becomes
@@ -118,17 +118,20 @@ class Move:
 
 
 def find_moves(
-    model: nn.Module,
-    names: Names,
-    layers: Iterable[nn.Module],
-    stay: Mapping[nn.Module, str],
-    batches: Iterable[Any],
+    model: nn.Module, choice: Choice, batches: Iterable[Any] | None
 ) -> tuple[ProducerPlan, list[Move]]:
-    """Watch passes over the batches: the plan for the layers that are to be noised, and what to do
-    by it. stay: modules that are to stay as they are, each with the reason."""
-    first = {module: every[0] for module, every in names.items()}
-    dims = {layer: feature_dim_of(layer) for layer in layers}
-    watch = Watch(first, dims, [m for m in names if m not in dims and may_produce(m)])
+    """Watch passes over the batches: the plan for the layers that are chosen, and what to do by
+    it."""
+    if batches is None:
+        raise ValueError(
+            "batches: expected a batch, on which place='producer' sees who reads what, got None"
+        )
+    names = choice.names
+    stay = dict.fromkeys(choice.excluded, "it is excluded")
+    stay |= dict.fromkeys(choice.asked, "its own input is noised: before")
+    dims = {layer: feature_dim_of(layer) for layer in choice.matched}
+    candidates = [m for m in names if m not in dims and may_produce(m)]
+    watch = Watch({m: every[0] for m, every in names.items()}, dims, candidates)
     watch.run(model, batches)
     with torch.inference_mode(False):  # in which there are no slopes
         return _Planner(model, names, dims, stay, watch).plan()
@@ -244,8 +247,7 @@ class _Planner:
         self, producer: nn.Module, gated: _Gated | None, layers: list[nn.Module]
     ) -> Move | str:
         if isinstance(producer, DIPLayer):
-            own = producer.log_variance
-            return Move(producer, None, len(own), tuple(layers), own.device)
+            return Move(producer, None, tuple(layers), producer.log_variance.device)
         calls = self.watch.calls[producer]
         read_along = {dim for call in calls for _, dim in call.reads}
         dim = self.dims[layers[0]] if gated is not None else max(read_along, default=-1)
@@ -266,7 +268,7 @@ class _Planner:
             return reason
         twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
         around = gated and (gated.block, gated_block_type(type(gated.block), gated.parts))
-        return Move(producer, twin, features, tuple(layers), calls[0].device, around)
+        return Move(producer, twin, tuple(layers), calls[0].device, around)
 
     def _module_reason(self, module: Any) -> str:
         if len(self.names[module]) > 1:

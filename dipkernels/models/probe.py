@@ -274,18 +274,18 @@ def probed(
     model: nn.Module,
     modules: dict[nn.Module, tuple[str, int]],
     batches: Iterable[Any] | None,
-    layers: Iterable[nn.Module] = (),
-) -> tuple[dict[nn.Module, int], list[nn.Module]]:
-    """The number of features of each module's input, from one pass in eval mode without noise; and
-    of the modules and layers those that read such an input, or a copy or cast of it, inside another
-    module.
+    layers: Iterable[nn.Module],
+) -> tuple[dict[nn.Module, int], dict[nn.Module, torch.device], list[nn.Module]]:
+    """The number of features of each module's input and where it lies, from one pass in eval mode
+    without noise; and of the modules and layers those that read such an input, or a copy or cast of
+    it, inside another module.
 
     modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
     not reach, an input that is no floating tensor, has no such dimension, or has other features in
     another call.
     """
     if not modules:
-        return {}, []
+        return {}, {}, []
     if batches is None:
         raise ValueError(
             "batches: expected a batch, from which before=[...] learns the number of features, got "
@@ -309,13 +309,13 @@ def probed(
 
     copies = _Copies(given) if inside else contextlib.nullcontext()
     with untouched(model), copies:
-        watch(model, [*modules, *inside], observe, listed(batches))
+        watch(model, [*modules, *inside], observe, batches)
     unreached = [name for module, (name, _) in modules.items() if module not in found]
     if unreached:
         raise ValueError(
             f"before: expected modules that the batches reach, none reached {unreached}"
         )
-    return found, list(again)
+    return found, {m: x.device for m, (x, *_) in given.items()}, list(again)
 
 
 COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
