@@ -30,12 +30,14 @@ TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttent
 }
 OUT_PROJECTION = DIPOutProjection.plain_type
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Where quantised layers and weights are defined: parts of the names of their Python modules.
+# parts of the names, with their Python modules, of the classes of quantised layers and weights
 _QUANTISED = re.compile(
-    r"quantiz|quanto|\.qat|bitsandbytes|torchao|awq|gptq|hqq|eetq|finegrained_fp8", re.IGNORECASE
+    r"quantiz|quanto|quantlinear|\.qat|bitsandbytes|torchao|awq|gptq|hqq|eetq|finegrained_fp8",
+    re.IGNORECASE,
 )
 # what a converted module has beside what its class defines
 _SET = {"variance", "num_samples", "keep", "plain_type", "made_of"}
+_SCRIPTED = "scripted: convert the model before scripting it"
 _TORCHS = {kind.__name__ for kind in TWINS}
 
 
@@ -49,7 +51,7 @@ def counts_as(module: nn.Module) -> type[nn.Module] | None:
         return kind
     if kind is OUT_PROJECTION:
         return nn.MultiheadAttention
-    if is_conv1d(module):
+    if is_conv1d_type(kind):
         return nn.Linear
     if is_adapter(module):
         return _stands_for(base_layer(module)) if first_parameter(kind) else None
@@ -77,12 +79,8 @@ def is_candidate(module: nn.Module, types: Types) -> bool:
     return isinstance(module, types) or counts_as(module) in types
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, a linear layer whose weight is transposed."""
-    return is_conv1d_type(type(module))
-
-
 def is_conv1d_type(kind: type | None) -> bool:
+    """transformers' Conv1D, a linear layer whose weight is transposed."""
     known = ("transformers.pytorch_utils", "Conv1D")
     return kind is not None and (kind.__module__, kind.__name__) == known
 
@@ -111,7 +109,7 @@ def keeps_original(module: nn.Module) -> bool:
 def _stands_for(base: nn.Module) -> type[nn.Module] | None:
     """What an adapter around this layer is converted as: its input has the features of the
     base's."""
-    if isinstance(base, nn.Linear) or is_conv1d(base):
+    if isinstance(base, nn.Linear) or is_conv1d_type(type(base)):
         return nn.Linear
     if _is_quantised(type(base)) and isinstance(getattr(base, "in_features", None), int):
         return nn.Linear
@@ -119,8 +117,7 @@ def _stands_for(base: nn.Module) -> type[nn.Module] | None:
 
 
 def _is_quantised(kind: type) -> bool:
-    where = f"{kind.__module__}.{kind.__name__}"
-    return bool(_QUANTISED.search(where)) or "quantlinear" in where.lower()
+    return bool(_QUANTISED.search(f"{kind.__module__}.{kind.__name__}"))
 
 
 def twin_of(module: nn.Module) -> type[Any]:
@@ -146,7 +143,7 @@ def twin_before(kind: type[nn.Module], dim: int) -> type[Any]:
 def features_of(module: Any) -> int:
     """The number of input features, or channels, of a module of one of `types`."""
     layer = base_layer(module)
-    names = ("nx",) if is_conv1d(layer) else ("in_channels", "in_features", "embed_dim")
+    names = ("nx",) if is_conv1d_type(type(layer)) else ("in_channels", "in_features", "embed_dim")
     return int(next(getattr(layer, name) for name in names if hasattr(layer, name)))
 
 
@@ -244,7 +241,7 @@ def _reason(module: nn.Module, types: Types) -> str | None:
     if isinstance(module, DIPLayer):
         return None
     if isinstance(module, torch.jit.ScriptModule):
-        return "scripted: convert the model before scripting it"
+        return _SCRIPTED
     if is_adapter(module):
         reason = _adapter_reason(module)
         if reason is not None or counts_as(module) not in types:
@@ -279,20 +276,28 @@ def _reason(module: nn.Module, types: Types) -> str | None:
         base = next(t.__name__ for t in types if isinstance(module, t))
         way_out = "put a DIPInput before each" if attention else "before=[...] puts noise at its"
         return f"a subclass of nn.{base}, whose forward may be its own: {way_out} input"
-    if replaced := _forward_replaced(module):
+    if replaced := _REPLACED.get(forward_set_by(module)):
         return replaced
     if taken := names_taken(module, twin_of(module)):
         return f"it has {taken} of its own, names that a DIP layer uses: rename them"
     weight = None if is_adapter(module) else getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
         return f"its weight is sparse ({weight.layout})"
-    data = getattr(weight, "data", None)
-    if data is not None and _QUANTISED.search(type(data).__module__):
-        return (
-            f"quantised: its weight is a {type(data).__name__}; convert the model before "
-            "quantising it"
-        )
+    data = type(getattr(weight, "data", None))
+    if _is_quantised(data):
+        return f"quantised: its weight is a {data.__name__}; convert the model before quantising it"
     return None
+
+
+# why the forward of the class would not run, by who set another
+_REPLACED = {
+    "accelerate": "accelerate dispatched it, and its hook calls the plain forward: convert before "
+    "dispatching, or call accelerate.hooks.remove_hook_from_submodules(model), then convert, then "
+    "accelerate.dispatch_model again",
+    "transformers": "a tp_plan of transformers replaced its forward: load the model without one, "
+    "convert, then dip.parallelize_module(model, mesh, plan)",
+    "somebody": "its forward was replaced on the object, so a DIP layer's forward would not run",
+}
 
 
 def forward_set_by(module: nn.Module) -> str:
@@ -304,25 +309,6 @@ def forward_set_by(module: nn.Module) -> str:
     if own is None or getattr(own, "__func__", None) is type(module).forward:
         return ""
     return "transformers" if getattr(module, "_is_hooked", False) else "somebody"
-
-
-def _forward_replaced(module: nn.Module) -> str | None:
-    """Why the forward of the class would not run."""
-    by = forward_set_by(module)
-    if by == "accelerate":
-        return (
-            "accelerate dispatched it, and its hook calls the plain forward: convert before "
-            "dispatching, or call accelerate.hooks.remove_hook_from_submodules(model), then "
-            "convert, then accelerate.dispatch_model again"
-        )
-    if by == "transformers":
-        return (
-            "a tp_plan of transformers replaced its forward: load the model without one, convert, "
-            "then dip.parallelize_module(model, mesh, plan)"
-        )
-    if by:
-        return "its forward was replaced on the object, so a DIP layer's forward would not run"
-    return None
 
 
 def names_taken(module: nn.Module, twin: type[Any], facts: Iterable[str] = ()) -> list[str]:
@@ -349,8 +335,8 @@ def no_twin(module: nn.Module) -> str | None:
     if isinstance(base_layer(module), nn.MultiheadAttention):
         return "it takes three inputs, which convert noises by itself (types)"
     if isinstance(module, torch.jit.ScriptModule):
-        return "scripted: convert the model before scripting it"
-    if replaced := _forward_replaced(module):
+        return _SCRIPTED
+    if replaced := _REPLACED.get(forward_set_by(module)):
         return replaced
     if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
         return (
@@ -496,34 +482,29 @@ def unnoised(
     known: what is converted, left out on purpose, or named already. Small ones, such as a table of
     relative positions, count as layers only where the name of a matrix begins with `weight`.
     """
-    matrices_of = [
-        own_matrices(m) for m in names if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-    ]
-    total = sum({id(p): p.numel() for each in matrices_of for p in each.values()}.values())
+    own = {m: own_matrices(m) for m in names if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    total = sum({id(p): p.numel() for each in own.values() for p in each.values()}.values())
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
-    for module, every_name in names.items():
-        own = own_matrices(module)
-        if module in known or is_inside(every_name, blocks) or _is_quiet(module) or not own:
+    for module, matrices in own.items():
+        if not matrices or module in known or is_inside(names[module], blocks) or _is_quiet(module):
             continue
         around_layers = any(child in known for child in module.modules())
-        if around_layers and all(p.ndim == 2 and "weight" not in name for name, p in own.items()):
+        if around_layers and all(p.ndim == 2 and "weight" not in n for n, p in matrices.items()):
             continue  # positions, tokens, states: a model's or a block's own, beside its layers
         by_class.setdefault(type(module), []).append(module)
     found = {}
     for kind, modules in by_class.items():
-        matrices = [own_matrices(m) for m in modules]
-        share = sum(p.numel() for each in matrices for p in each.values()) / total
-        a_layer = any(name.startswith("weight") for each in matrices for name in each)
-        if share < _LEAST_SHARE and not a_layer:
+        share = sum(p.numel() for m in modules for p in own[m].values()) / total
+        called = list(dict.fromkeys(name for m in modules for name in own[m]))
+        if share < _LEAST_SHARE and not any(name.startswith("weight") for name in called):
             continue
-        patterns = _patterns(modules, names)
-        called = list(dict.fromkeys(name for each in matrices for name in each))
         shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
         elsewhere = "; {pattern: dimension} says where its features are, if not in the last one"
         elsewhere *= not kind.__module__.startswith("torch.nn.")
         found[tuple(modules)] = (
             f"{share:.1%} of the model's matrix weights are its own tensors ({shown}), which "
-            f"get no noise: before={patterns} with batches=[...] puts noise at its input{elsewhere}"
+            f"get no noise: before={_patterns(modules, names)} with batches=[...] puts noise at "
+            f"its input{elsewhere}"
         )
     return found
 
