@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -40,13 +41,13 @@ from .patterns import Patterns, around, strings
 class Choice:
     """Which modules are to be noised."""
 
-    types: Types
     names: Names
     excluded: set[nn.Module]
     wanted: set[nn.Module]  # what exclude and filter let through, layers or not
     asked: dict[nn.Module, int]  # what `before` names, each with its feature dimension
     reasons: dict[nn.Module, str]  # why layers that are wanted cannot be converted
     matched: list[nn.Module]  # the layers that can
+    blocks: set[str]  # the names of the modules inside which no layer is converted by itself
     noised: dict[nn.Module, nn.Module | None]  # layers whose input the module noises
 
 
@@ -76,13 +77,14 @@ def choose(
         and module not in noised
         and (filter is None or _passes(filter, module, every_name[0], kinds))
     }
-    impossible = cannot(names, kinds)
+    blocks = block_names(names, kinds)
+    impossible = cannot(names, kinds, blocks)
     reasons = {m: why for m, why in impossible.items() if m in wanted and m not in asked}
-    matched = _matched(names, wanted - asked.keys() - reasons.keys(), kinds)
+    matched = _matched(names, wanted - asked.keys() - reasons.keys(), kinds, blocks)
     if not matched and not asked:
-        holders = unnoised(names, names.keys() - wanted | reasons.keys(), block_names(names, kinds))
+        holders = unnoised(names, names.keys() - wanted | reasons.keys(), blocks)
         raise ValueError(_nothing_matched(model, kinds, names, alike(reasons, names) | holders))
-    return Choice(kinds, names, excluded, wanted, asked, reasons, matched, noised)
+    return Choice(names, excluded, wanted, asked, reasons, matched, blocks, noised)
 
 
 def _kinds(types: Any) -> Types:
@@ -115,7 +117,7 @@ def _excluded(names: Names, exclude: Sequence[str]) -> set[nn.Module]:
         for module, every_name in names.items()
         if patterns.all(*(outer for name in every_name for outer in around(name)[1:]))
     }
-    patterns.require_used(_every_name(names))
+    patterns.require_used([*chain(*names.values())])
     return excluded
 
 
@@ -126,7 +128,7 @@ def _asked_before(names: Names, before: Sequence[str] | Mapping[str, int]) -> di
         dims = {pattern: integer(f"before[{pattern!r}]", dim) for pattern, dim in before.items()}
     patterns = Patterns("before", dims)
     found = {m: patterns.all(*every_name) for m, every_name in names.items()}
-    patterns.require_used(_every_name(names))
+    patterns.require_used([*chain(*names.values())])
     asked: dict[nn.Module, int] = {}
     for module, hits in found.items():
         if hits:
@@ -139,10 +141,6 @@ def _asked_before(names: Names, before: Sequence[str] | Mapping[str, int]) -> di
             dim = dims[hits[0]]  # the first pattern counts
             asked[module] = feature_dim_of(module) if dim is None else dim
     return asked
-
-
-def _every_name(names: Names) -> list[str]:
-    return [name for every_name in names.values() for name in every_name]
 
 
 def _passes(
@@ -161,10 +159,11 @@ def _passes(
         return False
 
 
-def _matched(names: Names, candidates: set[nn.Module], types: Types) -> list[nn.Module]:
+def _matched(
+    names: Names, candidates: set[nn.Module], types: Types, blocks: set[str]
+) -> list[nn.Module]:
     """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its
     attention."""
-    blocks = block_names(names, types)
     spare = {
         m
         for wrapper in names

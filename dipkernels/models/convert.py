@@ -28,7 +28,6 @@ from .convertible import (
     Names,
     alike,
     base_layer,
-    block_names,
     feature_dim_of,
     features_of,
     forward_set_by,
@@ -406,7 +405,7 @@ def _warn_without_noise(choice: Choice) -> None:
     refused = {m: reason for m, reason in choice.reasons.items() if m not in answered}
     unwanted = names.keys() - choice.wanted
     quiet = {*choice.matched, *asked, *choice.reasons, *unwanted}
-    found = alike(refused, names) | unnoised(names, quiet, block_names(names, choice.types))
+    found = alike(refused, names) | unnoised(names, quiet, choice.blocks)
     if found:
         text = (
             f"convert: {sum(map(len, found))} module(s) stay without noise. To end this warning, "

@@ -166,7 +166,7 @@ def block_names(names: Names, types: Types) -> set[str]:
     return {name for module in names if _blocks(module, types) for name in names[module]}
 
 
-def cannot(names: Names, types: Types) -> dict[nn.Module, str]:
+def cannot(names: Names, types: Types, blocks: set[str]) -> dict[nn.Module, str]:
     """The modules that would look converted and draw no noise, or the wrong noise, each with the
     reason."""
     reasons = {module: reason for module in names if (reason := _reason(module, types))}
@@ -187,7 +187,6 @@ def cannot(names: Names, types: Types) -> dict[nn.Module, str]:
             f"{kind.__name__} reads its weight without calling it: {way_out} puts noise at the "
             "input of the whole",
         )
-    blocks = block_names(names, types)
     return {m: reason for m, reason in reasons.items() if not is_inside(names[m], blocks)}
 
 
