@@ -65,8 +65,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
     """[rows, K] float64: rows in the order of the other dimensions."""
-    k = x.shape[dim]
-    return x.double().movedim(dim, -1).reshape(math.prod(x.shape) // k if k else 0, k)
+    return _matrix(x.movedim(dim, -1))
 
 
 def _from_rows(rows: Tensor, like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -63,11 +63,6 @@ def unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def eager() -> bool:
-    """Whether nothing traces and nothing transforms this call."""
-    return not (tracing() or transforming())
-
-
 def wants_pieces() -> bool:
     """Whether derivatives have to come from operations that have their own.
 
@@ -80,7 +75,7 @@ def wants_pieces() -> bool:
 def has_values(x: Tensor) -> bool:
     """Whether x's numbers may be read: not while something traces, transforms or fakes it, nor of a
     subclass's."""
-    if not eager() or type(x) not in (Tensor, torch.nn.Parameter):
+    if tracing() or transforming() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
 

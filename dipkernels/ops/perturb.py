@@ -95,24 +95,20 @@ class _Perturb(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, sigma, seed, ctx.draw, _ = inputs
+        _, sigma, seed, ctx.draw, _ = inputs
         ctx.save_for_backward(sigma, seed)
-        ctx.x_dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, du: Tensor) -> Grads:
         sigma, seed = ctx.saved_tensors
-        needs_dx, needs_dsigma = ctx.needs_input_grad[:2]
-        dx = dsigma = None
-        if needs_dx:
-            dx = du if du.dtype is ctx.x_dtype else du.to(ctx.x_dtype)
-        if needs_dsigma and not torch.is_grad_enabled():
+        dsigma = None
+        if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
             dsigma = perturb_bwd(du, sigma, seed, ctx.draw)
-        elif needs_dsigma:  # create_graph: the same value from differentiable pieces
+        elif ctx.needs_input_grad[1]:  # create_graph: the same value from differentiable pieces
             dsigma = _noise_sum(du, sigma, seed, ctx.draw.of_sigma())
             if ctx.draw.log_variance:
                 dsigma = dsigma * torch.exp(sigma / 2) / 2
-        return dx, dsigma, None, None, None
+        return du, dsigma, None, None, None  # autograd casts to x's type
 
 
 _apply_perturb = without_wrapper(_Perturb)
@@ -177,7 +173,7 @@ class _PerturbFunc(_Perturb):
         _Perturb.setup_context(ctx, inputs, output)
         x, sigma, seed, _, ctx.dtype = inputs
         ctx.save_for_forward(sigma, seed)
-        ctx.x_shape = x.shape
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dsigma: Tensor | None, *_: Any) -> Any:

@@ -111,18 +111,14 @@ def choose_all() -> None:
     """Fill the table anew."""
     for op in SCHEMAS:
         for device in ("cpu", "cuda", "meta", WIDE, OTHER):
+            wide = ("cuda", torch.float32, (2**12, 2**12, 2**12))
+            where = wide if device == WIDE else (device,)
             try:
-                _chosen[op, device] = _choose(op, device)
+                _chosen[op, device] = _overload(op, backends.choose(op, *where))
             except (RuntimeError, ValueError) as error:
                 _chosen[op, device] = _refusal(error)
     _fusers.clear()
     _fusers.update(device for device in ("cpu", "cuda") if backends.can_fuse(device))
-
-
-def _choose(op: str, device: str) -> Callable[..., Any]:
-    if device == WIDE:
-        return _overload(op, backends.choose(op, "cuda", torch.float32, (2**12, 2**12, 2**12)))
-    return _overload(op, backends.choose(op, device))
 
 
 def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
