@@ -51,9 +51,6 @@ def predictor(
     Returns:
         A function that torch.func can differentiate.
 
-    Raises:
-        ValueError, TypeError: A bad argument, which the message names.
-
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
         >>> f = dip.diagnostics.predictor(model, k=8)
@@ -124,9 +121,6 @@ def lipschitz(
     Returns:
         [B], of x's type: a lower bound that rises to the constant.
 
-    Raises:
-        ValueError, TypeError: A bad argument, which the message names.
-
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2, bias=False)))
         >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([3.0, 1.0])))
@@ -184,9 +178,6 @@ def smoothness(
     Returns:
         [B], of x's type.
 
-    Raises:
-        ValueError, TypeError: A bad argument, which the message names.
-
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2)))
         >>> x, loss = torch.randn(4, 2), lambda out: out.square().sum(-1)
@@ -200,7 +191,13 @@ def smoothness(
     x = x.detach()
 
     def loss(out: Tensor) -> Tensor:
-        return _loss_sum(loss_fn(out), len(x))
+        losses = loss_fn(out)
+        if not isinstance(losses, Tensor) or losses.shape not in ((), (len(x),)):
+            raise ValueError(
+                f"loss_fn: expected one loss for each example, [{len(x)}], or their sum, got "
+                f"{described(losses)}"
+            )
+        return losses.sum()
 
     gradient = torch.func.grad(predictor(model, k, average=average, dim=dim, key=key, target=loss))
 
@@ -252,15 +249,6 @@ def _like(per_example: Tensor, v: Tensor) -> Tensor:
     return per_example.reshape(-1, *[1] * (v.ndim - 1))
 
 
-def _loss_sum(losses: Tensor, batch: int) -> Tensor:
-    if not isinstance(losses, Tensor) or losses.shape not in ((), (batch,)):
-        raise ValueError(
-            f"loss_fn: expected one loss for each example, [{batch}], or their sum, got "
-            f"{described(losses)}"
-        )
-    return losses.sum()
-
-
 # ---- output variance and signal-to-noise ---------------------------------------------------------
 
 
@@ -286,9 +274,6 @@ def output_variance(
 
     Returns:
         A tensor of the output's shape, at least float32.
-
-    Raises:
-        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))

@@ -45,7 +45,6 @@ def shard_variances(
         The module.
 
     Raises:
-        TypeError: Something other than a module.
         ValueError: There are no DIP layers, or mp_policy is of half precision.
     """
     require_module(module)
@@ -98,9 +97,6 @@ def parallelize_module(
 
     Returns:
         What torch's function returns.
-
-    Raises:
-        Exception: What torch's function raises.
     """
     from torch.distributed.tensor.parallel import parallelize_module as torchs
 
@@ -204,10 +200,8 @@ def _faults(model: nn.Module) -> list[str]:
 
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, FSDPModule)}
     for name, layer in dip_layers(model).items():
-        parameter, full_name = (
-            layer.variance.log_variance,
-            f"{name}.variance.log_variance".lstrip("."),
-        )
+        parameter = layer.variance.log_variance
+        full_name = f"{name}.variance.log_variance".lstrip(".")
         if parameter.dtype in _HALF:
             faults.append(f"{full_name}: expected float32, got {parameter.dtype}")
         around = [n for n in wrapped if not n or full_name.startswith(f"{n}.")]

@@ -149,8 +149,7 @@ class progress(Generic[Batch]):
             second.
 
     Raises:
-        TypeError: Something other than a model, or an `every` that is no integer.
-        ValueError: The model has no DIP layers, or every < 1.
+        ValueError: The model has no DIP layers.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))

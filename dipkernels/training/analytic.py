@@ -253,19 +253,11 @@ def _variance(layer: DIPLayer) -> Tensor:
 
 
 def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """model(*args, **kwargs) with every activation behind a DIPLinear replaced by its expectation
-    (see above).
+    """model(*args, **kwargs), of a model in eval mode, with every activation behind a DIPLinear
+    replaced by its expectation (see above).
 
-    Where no activation follows a DIP layer, the result is the plain network's.
-
-    Args:
-        model: In eval mode.
-        args, kwargs: The model's.
-
-    Raises:
-        ValueError: An activation without a closed form here, or one behind a convolution, a
-            DIPInput or a LoRA layer, or behind a norm, which the message names; or a model some of
-            whose modules noise their output, convert(place="producer").
+    Raises ValueError for an activation without a closed form here, or one behind a convolution, a
+    DIPInput, a LoRA layer or a norm; and for a model some of whose modules noise their output.
     """
     layers = named_layers(model)
     producers = [name or "(root)" for name, layer in layers.items() if layer.noises_output]

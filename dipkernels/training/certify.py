@@ -32,9 +32,6 @@ class Certificate:
     def accuracy(self, target: Tensor, radius: float) -> float:
         """Certified accuracy: the share of examples of the right class whose radius is at least
         this, 0 .. 1.
-
-        Raises:
-            TypeError, ValueError: target is not one class for each example, or a bad radius.
         """
         radius = real("radius", radius, least=0)
         if not isinstance(target, Tensor) or target.shape != self.classes.shape:
@@ -80,7 +77,6 @@ def certify(
         the class's probability. It abstains where p <= 1/2.
 
     Raises:
-        TypeError: A k, k0, chunk or confidence that is no number.
         ValueError: Bad values, a model whose noise is not at its input alone or that reads x past
             it (a skip connection) or compares the examples of a batch, several sigmas, or logits
             that are NaN.

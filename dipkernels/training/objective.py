@@ -78,7 +78,6 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         whole, so all must call it.
 
     Raises:
-        TypeError: Something other than a model or a number.
         ValueError: A model without DIP layers or without values (on the meta device), or a bad
             weight.
 
@@ -110,7 +109,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
         whole, so all must call it.
 
     Raises:
-        ValueError, TypeError: There are no DIP layers, or alpha or beta is bad.
+        ValueError: There are no DIP layers, or alpha or beta is bad.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)), init_variance=0.25)
@@ -169,8 +168,7 @@ def objective(
         A scalar.
 
     Raises:
-        ValueError: A bad argument, which the message names; also kl beside alpha.
-        TypeError: out is not a tensor, loss_fn cannot be called, or a weight is no number.
+        ValueError: A weight or shape outside these; also kl beside alpha.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 3)))
@@ -264,7 +262,6 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
         A scalar, at least float32. The distance |.| is Euclidean over an example's numbers.
 
     Raises:
-        TypeError: One of the two is no floating tensor.
         ValueError: m is 1, or the shapes do not fit.
 
     Examples:

@@ -85,10 +85,6 @@ def predict(
         model's output must be a tensor [B, ...], or have one as `logits`. With average=None it may
         be any pytree; leaves that are not tensors are those of the first pass.
 
-    Raises:
-        ValueError, TypeError, RuntimeError: A bad argument, which the message names; or for
-            "analytic" a layer that the method does not allow.
-
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 3)))
         >>> probabilities = dip.predict(model, torch.randn(8, 4), k=16)

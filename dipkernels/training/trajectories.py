@@ -52,8 +52,7 @@ def trajectories(
         fixed_noise(key, row0), row0 counts the repeated entries.
 
     Raises:
-        TypeError: A model that cannot be called, an m that is no integer, or an input that is
-            packed, nested or sparse.
+        TypeError: An input that is packed, nested or sparse.
         ValueError: A module without DIP layers although m > 1, an input whose first size is not B,
             or an output whose first size is not B * m. The message names it.
         RuntimeError: A model in eval mode, or one whose DIP layers all are, where the m copies

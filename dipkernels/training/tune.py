@@ -109,7 +109,6 @@ def tune(
             trade.
 
     Raises:
-        TypeError: A run that is no function, or a budget, ratio, kl or tolerance that is no number.
         ValueError: Bad values, a budget too small, or scores that are missing or not finite.
 
     Examples:
