@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..arguments import integer
 from ..config import DIPConfig, apply, calibrate_as, config_of, convert_as, require_config
 from ..models.convert import to_plain
+from ..models.parameters import variances
 from ..models.probe import untouched
 from ..nn.numbering import dip_layers
 from ..reports import metrics
@@ -36,8 +37,6 @@ from .parts import (
 )
 
 _KEY = "dip_config"  # in a checkpoint
-# in a checkpoint, and in the __dict__ of a module, whose variances are still to be calibrated
-_UNCALIBRATED = "_dip_uncalibrated"
 _WAY_OUT = "make it in configure_optimizers, which is called after the model was converted"
 
 
@@ -104,10 +103,8 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             if self.batches is not None:
                 apply(pl_module, config, self.batches)
                 one_start(pl_module)
-            else:
+            else:  # calibrated when training starts, unless a checkpoint is loaded before
                 convert_as(pl_module, config)
-                # when training starts, unless a checkpoint is loaded before
-                _remember_uncalibrated(pl_module, config.init_variance is None)
         self._wrap(trainer, pl_module)
 
     def _convert_for_checkpoint(self, pl_module: Any) -> None:
@@ -194,16 +191,16 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._at = (-1, 0)  # of this run, not of one before
-        if _UNCALIBRATED in vars(pl_module):
+        config = require_config(pl_module)
+        if config.init_variance is None and _at_their_start(pl_module):
             _require_forward(pl_module)
             _require_one_loader(trainer.train_dataloader)
             with untouched(pl_module):
                 first = list(itertools.islice(trainer.train_dataloader, self.calibration_batches))
                 first = [trainer.precision_plugin.convert_input(batch) for batch in first]
             first = [trainer.strategy.batch_to_device(batch) for batch in first]
-            calibrate_as(pl_module, require_config(pl_module), first)
+            calibrate_as(pl_module, config, first)
             one_start(pl_module)
-            _remember_uncalibrated(pl_module, False)
         for optimizer in trainer.optimizers:
             require_groups(pl_module, optimizer, _WAY_OUT)
 
@@ -247,13 +244,10 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = require_config(pl_module).to_dict()
-        # by a tuner, which tries learning rates or batch sizes and then loads it again
-        checkpoint[_UNCALIBRATED] = _UNCALIBRATED in vars(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         stored, own = _config_in("ckpt_path", checkpoint), config_of(pl_module)
         self._to_plain = False  # the variances are the checkpoint's
-        _remember_uncalibrated(pl_module, checkpoint.get(_UNCALIBRATED, False))
         if own is not None:
             warn_of_another(stored, own, "the checkpoint")
 
@@ -294,11 +288,12 @@ def _config_in(argument: str, checkpoint: Mapping[str, Any]) -> DIPConfig:
     return DIPConfig.from_dict(checkpoint[_KEY])
 
 
-def _remember_uncalibrated(pl_module: nn.Module, uncalibrated: bool) -> None:
-    """With the module, for another callback may train it: after a tuner, or after an error."""
-    vars(pl_module).pop(_UNCALIBRATED, None)
-    if uncalibrated:
-        vars(pl_module)[_UNCALIBRATED] = True
+def _at_their_start(pl_module: nn.Module) -> bool:
+    """Whether variances and priors are all where the conversion has put them: so they are after an
+    error before training, and after a tuner, which loads what it wrote before it trained."""
+    found = [v for n, v in variances(pl_module).items() if not n.endswith(".pull")]
+    start = torch.tensor(0.01, device="cpu").log()
+    return all(torch.allclose(values, start) for values in found)
 
 
 def _with_kl(out: Any, pl_module: nn.Module, config: DIPConfig) -> Any:
