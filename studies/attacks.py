@@ -27,6 +27,7 @@ from tables import by_case, cell, compared, markdown
 from tasks import TASKS, split
 from torch import Tensor, nn
 from training import train
+from vision_setup import attacked
 
 import dipkernels as dip
 
@@ -49,19 +50,16 @@ def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, draws: int = 0) -> Tensor:
     """One start; with draws > 0 the gradient is the mean over that many noisy passes, fresh in
     every step."""
-    adversarial = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
-    for _ in range(steps):
-        adversarial.requires_grad_(True)
-        if draws:
-            with noisy(model):
-                out = dip.trajectories(model, adversarial, m=draws)
-            loss = F.nll_loss(out.softmax(-1).mean(0).log(), y)
-        else:
-            loss = F.cross_entropy(model(adversarial), y)
-        (grad,) = torch.autograd.grad(loss, adversarial)
-        moved = adversarial.detach() + 2.5 * eps / steps * grad.sign()
-        adversarial = torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
-    return adversarial.detach()
+
+    def loss(moved: Tensor) -> Tensor:
+        if not draws:
+            return F.cross_entropy(model(moved), y)
+        with noisy(model):
+            out = dip.trajectories(model, moved, m=draws)
+        return F.nll_loss(out.softmax(-1).mean(0).log(), y)
+
+    start = x + eps * (2 * torch.rand_like(x) - 1)
+    return attacked(loss, x, eps, start, steps, 2.5 * eps / steps)
 
 
 @contextlib.contextmanager

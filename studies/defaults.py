@@ -14,17 +14,14 @@ lot. Stopped, it goes on where it was.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import figures
 import parts
-from tables import by_case, compared, markdown, points, rows_of
+import plots
+from tables import by_case, compared, figures, markdown, points, rows_of
 from tasks import TASKS
-from training import scored
+from training import keys, scored
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
@@ -49,27 +46,8 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 
 
 def methods_of(task: str, training: str) -> tuple[str, ...]:
+    """As the table of docs/ has them."""
     return (*EVERYWHERE, *MORE) if task in WITH_MORE and training == "AdamW" else EVERYWHERE
-
-
-def keys(
-    tasks: list[str], methods: list[str], trainings: list[str], seeds: int
-) -> list[dict[str, Any]]:
-    """methods: for every task; none: as the table of docs/ has them."""
-    return [
-        {
-            "task": task,
-            "method": method,
-            "training": name,
-            "seed": seed,
-            "options": METHODS[method],
-            "settings": SETTINGS[name],
-        }
-        for task in tasks
-        for name in trainings
-        for method in methods or methods_of(task, name)
-        for seed in range(seeds)
-    ]
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,44 +134,22 @@ def plot_gains(table: str, folder: Path) -> None:
     gains: dict[str, dict[str, list[str]]] = {}
     for case, method, *scores in (row for row in rows_of(table) if row[0].endswith(", AdamW")):
         gains.setdefault(case.removesuffix(", AdamW"), {})[method] = scores
-    tasks = [task for task, methods in gains.items() if {"default", "fixed 1"} <= methods.keys()]
-    least, most = -30.0, 45.0  # what lies further out is drawn there, with its figure
-    for number, score in enumerate(SCORES[:2]):
-        with figures.style():
-            figure, axes = figures.panels(height=1.2 + 0.42 * len(tasks))
-            axis = axes[0, 0]
-            for method, label, shift, (color, marker, _) in (
-                ("default", "the recipe", 0.2, figures.LINES["DIP"]),
-                ("fixed 1", "the same sigma, fixed", -0.2, figures.LINES["fixed variance"]),
-            ):
-                for i, task in enumerate(tasks):
-                    ((mean, half),) = points(gains[task][method][number])
-                    shown = min(max(mean, least), most)
-                    axis.errorbar(
-                        shown,
-                        shift - i,
-                        xerr=half if shown == mean else 0,
-                        fmt=marker,
-                        color=color,
-                        capsize=2,
-                        elinewidth=1,
-                        label=label if i == 0 else None,
-                    )
-                    if shown != mean:
-                        axis.annotate(
-                            f"{mean:+.1f}",
-                            (shown, shift - i),
-                            (6 if shown == least else -36, -3),
-                            textcoords="offset points",
-                            fontsize=8,
-                        )
-            axis.axvline(0, color=figures.FOREGROUND, linewidth=1)
-            axis.set_yticks([-i for i in range(len(tasks))], [TITLES.get(t, t) for t in tasks])
-            words = {"clean": "on clean data", "pgd": "under attack (PGD)"}
-            axis.set(title=f"points gained {words[score]}", xlim=(least - 3, 50))
-            axis.set_xlabel("points; bars: 95 % interval")
-            figures.legend(figure, axis)
-            figures.save(figure, folder / f"gains_{score}.svg")
+    gains = {task: each for task, each in gains.items() if {"default", "fixed 1"} <= each.keys()}
+    words = {"clean": "on clean data", "pgd": "under attack (PGD)"}
+    for number, score in enumerate(words):
+        found = {
+            label: {TITLES.get(t, t): points(each[method][number])[0] for t, each in gains.items()}
+            for method, label in (("default", "the recipe"), ("fixed 1", "the same sigma, fixed"))
+        }
+        plots.by_task(
+            folder / f"gains_{score}.svg",
+            found,
+            [figures.LINES[name][:2] for name in ("DIP", "fixed variance")],
+            height=1.2 + 0.42 * len(gains),
+            title=f"points gained {words[score]}",
+            label="points; bars: 95 % interval",
+            limits=(-33, 50),
+        )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -219,7 +175,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             1,
         )
     methods = list(dict.fromkeys(["plain", *args.methods])) if args.methods else []
-    asked = keys(args.tasks, methods, args.trainings, args.seeds)
+    cases = [
+        (task, training, method)
+        for task in args.tasks
+        for training in args.trainings
+        for method in methods or methods_of(task, training)
+    ]
+    asked = keys(cases, args.seeds, METHODS, SETTINGS)
     rows = summarise(parts.run(part, asked, args.out, args.workers, args.stored))
     text = table(rows, list(METHODS))
     plot_ratio(rows, args.out)

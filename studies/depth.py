@@ -18,7 +18,7 @@ import parts
 import plots
 from defaults import summarise, table
 from tasks import TASKS, ViT, mlp
-from training import scored
+from training import keys, scored
 
 DEEP = {
     "MLP, 9 layers": dataclasses.replace(TASKS["digits MLP"], net=mlp(64, *[128] * 8, 10)),
@@ -40,20 +40,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = parts.command_line(__doc__, "depth", 2, "a short training of the MLP")
     args = parser.parse_args(arguments)
     args.seeds = 1 if args.quick else args.seeds
-    keys = [
-        {
-            "task": task,
-            "method": method,
-            "training": "AdamW",
-            "seed": seed,
-            "options": options,
-            "settings": {"epochs": 2} if args.quick else {},
-        }
-        for task in list(DEEP)[: 1 if args.quick else None]
-        for seed in range(args.seeds)
-        for method, options in METHODS.items()
-    ]
-    rows = summarise(parts.run(part, keys, args.out, args.workers))
+    tasks = list(DEEP)[: 1 if args.quick else None]
+    cases = [(task, "AdamW", method) for task in tasks for method in METHODS]
+    asked = keys(cases, args.seeds, METHODS, {"AdamW": {"epochs": 2} if args.quick else {}})
+    rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = table(rows, list(METHODS))
     plots.draw(text, args.out)
     parts.write(args, rows, text, "Differences to plain, paired")

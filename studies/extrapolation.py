@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from training import optimiser, prepare
 
 import dipkernels as dip
+from dipkernels.training.objective import KL
 
 CASES = {
     "softplus": -2.0,
@@ -71,7 +72,6 @@ def fitted(x: Tensor, y: Tensor, method: str, options: dict[str, Any], steps: in
     if method.startswith("DIP"):
         prepare(model, x, options)
     optimizer = optimiser(model, options)
-    kl = {"kl": options["kl"]} if "kl" in options else {}
     for _ in range(steps):
         batch = torch.randint(len(x), (BATCH,))
         if not method.startswith("DIP"):
@@ -79,9 +79,10 @@ def fitted(x: Tensor, y: Tensor, method: str, options: dict[str, Any], steps: in
         else:
             out = dip.trajectories(model, x[batch], m=M)
             if "energy" in method:
-                loss = dip.energy_score(out, y[batch]) + dip.kl_penalty(model, **kl)
+                loss = dip.energy_score(out, y[batch])
+                loss = loss + dip.kl_penalty(model, options.get("kl", KL))
             else:
-                loss = dip.objective(out, y[batch], F.mse_loss, model, **kl)
+                loss = dip.objective(out, y[batch], F.mse_loss, model, kl=options.get("kl"))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import figures
 import parts
+import plots
 import torch
 from defaults import DOCS, TITLES
-from tables import by_case, compared, markdown, points, rows_of
+from tables import Point, by_case, compared, figures, markdown, points, rows_of
 from tasks import TASKS, Split, Task, split
 from torch import nn
 from training import evaluate, train
@@ -178,38 +175,28 @@ def table(results: dict[str, Any]) -> str:
 def plot(text: str, folder: Path) -> None:
     """Learned minus the fixed variances, from the table that this study prints: an SVG of each
     score."""
-    found = {
+    cells = {
         (task, method): scores
         for task, method, *scores in rows_of(text)
         if task in TASKS and method in SHOWN
     }
-    tasks = list(dict.fromkeys(task for task, _ in found))
-    most = 31.0
-    for number, score in enumerate(SCORES[:2]):
-        with figures.style():
-            figure, axes = figures.panels(height=1.6 + 0.62 * len(tasks))
-            axis = axes[0, 0]
-            for place, (method, label) in enumerate(SHOWN.items()):
-                for i, task in enumerate(tasks):
-                    _, _, difference = found[task, method][number].partition("(")
-                    ((mean, half),) = points(difference.removesuffix(")"))
-                    axis.errorbar(
-                        mean,
-                        0.3 - 0.2 * place - i,
-                        xerr=half,
-                        fmt="oDs^"[place],
-                        color=figures.ORDER[place],
-                        capsize=2,
-                        elinewidth=1,
-                        label=label if i == 0 else None,
-                    )
-            axis.axvline(0, color=figures.FOREGROUND, linewidth=1)
-            axis.set_yticks([-i for i in range(len(tasks))], [TITLES.get(t, t) for t in tasks])
-            words = {"clean": "clean data", "pgd": "under attack (PGD)"}
-            axis.set(title=f"learned sigma, {words[score]}", xlim=(-most / 2, most))
-            axis.set_xlabel("points above fixed ones; 95 %")
-            figures.legend(figure, axis, columns=1)
-            figures.save(figure, folder / f"learned_{score}.svg")
+    tasks = list(dict.fromkeys(task for task, _ in cells))
+    words = {"clean": "clean data", "pgd": "under attack (PGD)"}
+    for number, score in enumerate(words):
+        found: dict[str, dict[str, Point]] = {label: {} for label in SHOWN.values()}
+        for (task, method), scores in cells.items():
+            _, _, difference = scores[number].partition("(")
+            (point,) = points(difference.removesuffix(")"))
+            found[SHOWN[method]][TITLES.get(task, task)] = point
+        plots.by_task(
+            folder / f"learned_{score}.svg",
+            found,
+            zip(figures.ORDER, "oDs^"),
+            height=1.6 + 0.62 * len(tasks),
+            title=f"learned sigma, {words[score]}",
+            label="points above fixed ones; 95 %",
+            limits=(-15.5, 31),
+        )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

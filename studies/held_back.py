@@ -30,7 +30,7 @@ from defaults import SCORES, summarise
 from tables import markdown
 from tasks import DIGITS, TASKS, Task, cnn, fashion, from_sklearn, mlp, resnet, split, tensors
 from torch import Tensor, nn
-from training import evaluate, scored, train
+from training import evaluate, keys, scored, train
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
@@ -253,27 +253,6 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     return scored(HELD_BACK[key["task"]], key)
 
 
-def keys(
-    tasks: list[str], methods: list[str], trainings: list[str], seeds: int
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "strengths": STRENGTHS[task],
-            "task": task,
-            "method": method,
-            "training": training,
-            "seed": seed,
-            "options": METHODS[method],
-            "settings": {**TRAININGS, **LONGER}[training],
-        }
-        for training in trainings
-        for seed in range(seeds)
-        for task in tasks
-        for method in methods
-        if training == "AdamW" or method != "fixed 1"
-    ]
-
-
 def report(rows: dict[str, Any], methods: list[str], trainings: list[str]) -> str:
     """For each training a table: a line for each task, plain's scores and the others' differences
     to them."""
@@ -338,7 +317,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.quick:
         args.tasks, args.trainings, args.seeds = ["circles", "s-curve"], ["AdamW"], 1
     methods = list(dict.fromkeys(["plain", *args.methods]))
-    asked = keys(args.tasks, methods, args.trainings, args.seeds)
+    cases = [
+        (task, training, method)
+        for training in args.trainings
+        for task in args.tasks
+        for method in methods
+        if training == "AdamW" or method != "fixed 1"
+    ]
+    asked = keys(cases, args.seeds, METHODS, TRAININGS | LONGER)
+    asked = [{"strengths": STRENGTHS[key["task"]], **key} for key in asked]
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows, methods, args.trainings)
     plots.draw(text, args.out, SCORES)

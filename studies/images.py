@@ -38,7 +38,8 @@ from features import chosen, named, tested, validation
 from tables import by_case, cell, compared, markdown
 from tasks import TASKS, Split, Task, ViT, split
 from torch import Tensor, nn
-from training import M, evaluate, kept, optimiser, prepare
+from training import M, evaluate, fit, kept, optimiser, prepare
+from vision_setup import fgsm
 
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
@@ -149,10 +150,8 @@ def perturbed(
         return x + strength * torch.randn(x.shape, generator=g)
     if training == "FGSM":
         model.eval()
-        x = x.clone().requires_grad_(True)
-        (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+        x = fgsm(model, x, y, strength)
         model.train()
-        return (x.detach() + strength * grad.sign()).clamp(0, 1)
     return x
 
 
@@ -171,45 +170,24 @@ def train(
     if noise is not None:
         prepare(model, data.x[:512], noise)
     optimizer = optimiser(model, noise or {})
-    order, own = (torch.Generator().manual_seed(1000 * k + seed) for k in (1, 2))
-    torch.manual_seed(1000 + seed)
-    for _ in range(task.epochs):
-        model.train()
-        for batch in torch.randperm(len(data.x), generator=order).split(task.batch):
-            x, y = data.x[batch], data.y[batch]
-            if method == "AugMix":  # of images in 0 .. 1, so before the perturbation
-                mixtures = (augmix.mixture(x, own, options["severity"]) for _ in range(2))
-                views = (x, *mixtures)
-                out = [model(perturbed(model, v, y, training, strength, own)) for v in views]
-                loss = augmix.loss(out[0], (out[1], out[2]), y, options["weight"])
-            else:
-                x = perturbed(model, x, y, training, strength, own)
-                loss = augmented_loss(model, x, y, method, options, own)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.eval().requires_grad_(False)
+    own = torch.Generator().manual_seed(2000 + seed)
 
-
-def augmented_loss(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    method: str,
-    options: dict[str, Any],
-    own: torch.Generator,
-) -> Tensor:
-    """Of plain training, of Cutout, Mixup or CutMix, or of noise in the layers."""
-    x, other, share = augment(method, x, y, options, own)
-    if method in AUGMENTED:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        if method == "AugMix":  # of images in 0 .. 1, so before the perturbation
+            mixtures = (augmix.mixture(x, own, options["severity"]) for _ in range(2))
+            views = (x, *mixtures)
+            out = [model(perturbed(model, v, y, training, strength, own)) for v in views]
+            return augmix.loss(out[0], (out[1], out[2]), y, options["weight"])
+        x = perturbed(model, x, y, training, strength, own)
+        x, other, share = augment(method, x, y, options, own)
+        if noise is not None:
+            out = dip.trajectories(model, x, m=M)
+            return dip.objective(out, y, F.cross_entropy, model, kl=noise.get("kl"))
         out = model(x)
-        loss = share * F.cross_entropy(out, y)
-        return loss + (1 - share) * F.cross_entropy(out, other) if share < 1 else loss
-    out = dip.trajectories(model, x, m=M)
-    if options.get("fixed"):
-        return dip.objective(out, y, F.cross_entropy)
-    kl = {"kl": options["kl"]} if "kl" in options else {}
-    return dip.objective(out, y, F.cross_entropy, model, **kl)
+        own_part = share * F.cross_entropy(out, y)
+        return own_part + (1 - share) * F.cross_entropy(out, other) if share < 1 else own_part
+
+    return fit(model, data, task.batch, task.epochs, seed, optimizer, loss)
 
 
 def profile(model: nn.Module, kind: str, seed: int) -> dict[str, Tensor]:

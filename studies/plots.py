@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import figures
-from tables import points, rows_of
+from tables import Point, figures, points, rows_of
 
 
 def draw(text: str, folder: Path, parts: tuple[str, ...] = ("",)) -> list[Path]:
@@ -25,9 +22,7 @@ def draw(text: str, folder: Path, parts: tuple[str, ...] = ("",)) -> list[Path]:
     Returns:
         The files.
     """
-    blocks = [
-        [row for row in rows_of(block) if set(row[0]) != {"-"}] for block in text.split("\n\n")
-    ]
+    blocks = map(rows_of, text.split("\n\n"))
     tables = [rows for rows in blocks if rows and _numeric(*rows)]
     paths = []
     for number, (head, *rows) in enumerate(tables, 1):
@@ -58,6 +53,48 @@ def _numeric(head: list[str], *rows: list[str]) -> list[int]:
     """The columns that hold numbers alone, and some."""
     columns = [[row[i] for row in rows if row[i] not in ("", "-")] for i in range(len(head))]
     return [i for i, cells in enumerate(columns) if cells and all(map(points, cells))]
+
+
+def by_task(
+    path: Path,
+    found: dict[str, dict[str, Point]],
+    looks: Iterable[tuple[str, str]],
+    height: float,
+    title: str,
+    label: str,
+    limits: tuple[float, float],
+) -> None:
+    """{method: {task: its difference to another one}}, task below task, with intervals; what lies
+    outside of the limits is drawn at their end, with its figure."""
+    tasks = list(next(iter(found.values())))
+    least, most = limits[0] + 3, limits[1] - 5
+    step = 0.8 / len(found)
+    with figures.style():
+        figure, axes = figures.panels(height=height)
+        axis = axes[0, 0]
+        for place, ((method, of), (color, marker)) in enumerate(zip(found.items(), looks)):
+            for i, task in enumerate(tasks):
+                mean, half = of[task]
+                shown = min(max(mean, least), most)
+                at = shown, step * ((len(found) - 1) / 2 - place) - i
+                axis.errorbar(
+                    *at,
+                    xerr=half if shown == mean else 0,
+                    fmt=marker,
+                    color=color,
+                    capsize=2,
+                    elinewidth=1,
+                    label=None if i else method,
+                )
+                if shown != mean:
+                    beside = (6 if shown == least else -36, -3)
+                    how = {"textcoords": "offset points", "fontsize": 8}
+                    axis.annotate(f"{mean:+.1f}", at, beside, **how)
+        axis.axvline(0, color=figures.FOREGROUND, linewidth=1)
+        axis.set_yticks([-i for i in range(len(tasks))], tasks)
+        axis.set(title=title, xlim=limits, xlabel=label)
+        figures.legend(figure, axis, columns=1 if len(found) > 2 else 2)
+        figures.save(figure, path)
 
 
 def _panel(axis: Any, title: str, cells: list[str], parts: tuple[str, ...]) -> None:

@@ -11,18 +11,14 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import figures
 import numpy as np
 import torch
 from parts import count
-from report import fill
+from tables import figures, report
 from torch import nn
 
 import dipkernels as dip
@@ -157,7 +153,7 @@ def write_table(page: Path, marker: str, make: Callable[[], str]) -> bool:
         text = make()
     except NotStored:
         text = ""
-    fill(page, marker, text or NOT_RUN)
+    report.fill(page, marker, text or NOT_RUN)
     return bool(text)
 
 

@@ -6,10 +6,18 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import figures  # noqa: F401  for the other files here
+import report
+
+markdown = report.table
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -103,15 +111,6 @@ def points(cell: str) -> list[Point]:
     """The numbers of "+1.2 ± 0.8 ?", "80.9 (...)" or "+1.2 / +3.4?"; none of any other text."""
     found = [_NUMBER.fullmatch(part.strip("* ")) for part in cell.split(" / ")]
     return [(float(m[1]), float(m[2] or 0)) for m in found if m] if all(found) else []
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in (head, ["-" * w for w in widths], *rows)
-    ]
-    return "\n".join(lines)
 
 
 def rows_of(text: str) -> list[list[str]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tasks import Split, Task, split
 from torch import Tensor, nn
+from vision_setup import attacked
 
 import dipkernels as dip
 from dipkernels.models.calibrate import DEEP
@@ -80,23 +81,38 @@ def train(
         loss_fn = functools.partial(F.cross_entropy, label_smoothing=settings["smoothing"])
     if method is not None:
         prepare(model, data.x[:512], method)
-    kl = {"kl": method["kl"]} if method is not None and "kl" in method else {}
     optimizer = optimiser(model, {**settings, **(method or {})})
     epochs = settings.get("epochs", task.epochs) * settings.get("times", 1)
     schedule = cosine(optimizer, epochs) if settings.get("schedule") == "cosine" else None
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        if method is None:
+            return loss_fn(model(x), y)
+        out = dip.trajectories(model, x, m=M)
+        return dip.objective(out, y, loss_fn, model, kl=method.get("kl"))
+
+    return fit(model, data, task.batch, epochs, seed, optimizer, loss, schedule)
+
+
+def fit(
+    model: nn.Module,
+    data: Split,
+    batch: int,
+    epochs: int,
+    seed: int,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> nn.Module:
+    """Minimise loss(x, y) over batches whose order is the seed's; the schedule steps by epochs."""
     order = torch.Generator().manual_seed(1000 + seed)
     torch.manual_seed(1000 + seed)
     for _ in range(epochs):
         model.train()
-        for batch in torch.randperm(len(data.x), generator=order).split(task.batch):
-            x, y = data.x[batch], data.y[batch]
-            if method is None:
-                out, more = model(x)[None], {}
-            else:
-                out, more = dip.trajectories(model, x, m=M), {"model": model, **kl}
-            loss = dip.objective(out, y, loss_fn, **more)
+        for chosen in torch.randperm(len(data.x), generator=order).split(batch):
+            value = loss(data.x[chosen], data.y[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
         if schedule is not None:
             schedule.step()
@@ -117,21 +133,11 @@ def score(task: Task, data: Split, model: nn.Module, x: Tensor) -> float:
 
 
 def pgd(task: Task, data: Split, model: nn.Module, seed: int, steps: int = 10) -> Tensor:
-    """L-infinity of radius task.eps on the test inputs, from a random start; images stay in 0 ..
-    1."""
+    """L-infinity of radius task.eps on the test inputs, from a random start."""
     x, y, eps, loss_fn = data.x_test, data.y_test, task.eps, loss_of(task)
-
-    def allowed(moved: Tensor) -> Tensor:
-        moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
-        return moved.clamp(0, 1) if task.image else moved
-
     start = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))
-    adversarial = allowed(x + eps * (2 * start - 1))
-    for _ in range(steps):
-        adversarial.requires_grad_(True)
-        (grad,) = torch.autograd.grad(loss_fn(model(adversarial), y), adversarial)
-        adversarial = allowed(adversarial.detach() + eps / 4 * grad.sign())
-    return adversarial
+    start = x + eps * (2 * start - 1)
+    return attacked(lambda z: loss_fn(model(z), y), x, eps, start, steps, eps / 4, task.image)
 
 
 def evaluate(task: Task, data: Split, model: nn.Module, seed: int) -> dict[str, float]:
@@ -154,6 +160,21 @@ def kept(model: nn.Module) -> list[float]:
     """Of each layer sigma over the prior's, geometric mean over features."""
     layers = [layer.variance for layer in dip_layers(model).values()]
     return [((v.log_variance - v.log_prior).mean() / 2).exp().item() for v in layers]
+
+
+def keys(
+    cases: Iterable[tuple[str, str, str]],
+    seeds: int,
+    methods: dict[str, dict[str, Any] | None],
+    settings: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The parts of every (task, training, method), seed by seed."""
+    return [
+        {"task": task, "training": training, "method": method, "seed": seed}
+        | {"options": methods[method], "settings": settings[training]}
+        for seed in range(seeds)
+        for task, training, method in cases
+    ]
 
 
 def scored(task: Task, key: dict[str, Any]) -> dict[str, Any]:

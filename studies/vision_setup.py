@@ -86,24 +86,36 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...
 # ---- attacks on the deterministic forward --------------------------------------------------------
 
 
-def input_grad(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    x = x.detach().requires_grad_(True)
-    return torch.autograd.grad(F.cross_entropy(model(x), y), x)[0]
+def attacked(
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    eps: float,
+    start: Tensor,
+    steps: int,
+    step: float,
+    image: bool = True,
+) -> Tensor:
+    """x' = clip(x' + step * sign(dloss/dx'), x - eps, x + eps); pixels stay in 0 .. 1."""
+
+    def allowed(moved: Tensor) -> Tensor:
+        moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
+        return moved.clamp(0, 1) if image else moved
+
+    adversarial = allowed(start)
+    for _ in range(steps):
+        adversarial.requires_grad_(True)
+        (grad,) = torch.autograd.grad(loss(adversarial), adversarial)
+        adversarial = allowed(adversarial.detach() + step * grad.sign())
+    return adversarial
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """clip(x + eps * sign(dL/dx), 0, 1)."""
-    return (x + eps * input_grad(model, x, y).sign()).clamp(0, 1)
+    return attacked(lambda moved: F.cross_entropy(model(moved), y), x, eps, x, 1, eps)
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
-    """x' = clip(x' + eps/4 * sign(dL/dx'), x - eps, x + eps), clipped to 0 .. 1, from a random
-    start."""
-    adversarial = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
-    for _ in range(steps):
-        moved = adversarial + eps / 4 * input_grad(model, adversarial, y).sign()
-        adversarial = torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
-    return adversarial.detach()
+    start = x + torch.empty_like(x).uniform_(-eps, eps)
+    return attacked(lambda moved: F.cross_entropy(model(moved), y), x, eps, start, steps, eps / 4)
 
 
 FGSM_STRENGTHS = (0.05, 0.1, 0.15)
