@@ -172,12 +172,7 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
         if dtype is torch.bfloat16:
             name = check.machine.get("gpu", "")
             timed[kind]["expected_s"] = gpu_expectation.pass_seconds(name, form, kind, m * k)
-    row = {"form": form, "dtype": str(dtype), "m": m, "k": k}
-    return row | {
-        "sets": given.count,
-        "beyond_cache": given.beyond_cache,
-        "variants": per_call(timed, given.count),
-    }
+    return {"beyond_cache": given.beyond_cache, "variants": per_call(timed, given.count)}
 
 
 def perturb(check: Check) -> Rows:
@@ -204,8 +199,7 @@ def graph_row(check: Check, m: int, k: int, n: int) -> dict:
     for name in ("linear", "dip", "eager"):
         step = timing.training_step(peers.build(name, plain), x, dy)
         variants[name] = timing.captured(lambda _, step=step: step(), [None], device=check.device)
-    timed = in_turns(check, variants, "linear", 1.5)
-    return {"what": "step", "m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": timed}
+    return {"variants": in_turns(check, variants, "linear", 1.5)}
 
 
 def graph(check: Check) -> Rows:
@@ -254,8 +248,7 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
         )
         if not error <= 0.05 * largest:
             raise AssertionError(f"fused: expected the two steps' y, off by {error.item():.2e}")
-    timed = in_turns(check, variants, "two-step", 0.3)
-    return {"m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": per_call(timed, len(xs))}
+    return {"variants": per_call(in_turns(check, variants, "two-step", 0.3), len(xs))}
 
 
 def crossover(check: Check) -> Rows:

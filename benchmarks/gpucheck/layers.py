@@ -82,14 +82,7 @@ def layer_row(check: Check, what: str, m: int, k: int, n: int) -> dict:
     timed = in_turns(check, variants, "linear", 1.5)
     flops = 2 * m * n * k * (1 if what == "forward" else 3)
     timed["linear"]["flop_per_s"] = flops / timed["linear"]["seconds"]
-    row = {
-        "what": what,
-        "m": m,
-        "k": k,
-        "n": n,
-        "dtype": str(half(check)),
-        "variants": timed | given.failed,
-    }
+    row = {"variants": timed | given.failed}
     if what == "step":
         right = [name for name in ("linear", "eager", "dip") if name not in given.failed]
         row["memory"] = {name: memory(check, given, name) for name in right}
@@ -136,20 +129,13 @@ def block_row(check: Check, batch: int, tokens: int, width: int, heads: int) -> 
     }
     peers.check_converted(modules["dip"], x.detach()[:1])
     steps = {name: timing.training_step(module, x, dy) for name, module in modules.items()}
-    timed = in_turns(check, steps, "eager, compiled", 6.0, peaks=True)
-    return {
-        "what": "step",
-        "batch": batch,
-        "tokens": tokens,
-        "width": width,
-        "base": "eager, compiled",
-        "variants": timed,
-    }
+    return {"variants": in_turns(check, steps, "eager, compiled", 6.0, peaks=True)}
 
 
 def block(check: Check) -> Rows:
     sizes = (2, 8, 16, 2) if check.rehearsal else (16, 1024, 1024, 16)
-    return [("transformer block", functools.partial(block_row, check, *sizes))]
+    name = f"transformer block {'x'.join(map(str, sizes[:3]))}"
+    return [(name, functools.partial(block_row, check, *sizes))]
 
 
 # ---- averages behind an activation ---------------------------------------------------------------
@@ -197,15 +183,7 @@ def averaging_row(check: Check, activation: str, what: str, m: int, k: int, n: i
     for first, second in (names[:2], names[2:]):
         pair = {first: runs[first], second: runs[second]}
         timed |= in_turns(check, pair, first, 0.35, peaks=what == "step")
-    return {
-        "form": activation,
-        "what": what,
-        "m": m,
-        "k": k,
-        "n": n,
-        "dtype": str(half(check)),
-        "variants": timed,
-    }
+    return {"variants": timed}
 
 
 def averaging(check: Check) -> Rows:

@@ -60,16 +60,7 @@ def producer_row(check: Check, kind: str, what: str, m: int, k: int) -> dict:
     """Over f then P; as CUDA graphs, so that launches cost little."""
     sets = inputs(check, kind, m, k)
     calls = {name: in_a_row(form, what, sets) for name, form in FORMS.items()}
-    timed = in_turns(check, calls, "f, P", 0.3)
-    return {
-        "form": kind,
-        "what": what,
-        "m": m,
-        "k": k,
-        "dtype": str(half(check)),
-        "base": "f, P",
-        "variants": per_call(timed, len(sets)),
-    }
+    return {"variants": per_call(in_turns(check, calls, "f, P", 0.3), len(sets))}
 
 
 def producers(check: Check) -> Rows:
@@ -95,18 +86,16 @@ def model_row(check: Check, network: Network, compiled: bool) -> dict:
         name: models.step_of(peers.compiled_in_place(model) if compiled else model, x, target)
         for name, model in built.items()
     }
-    timed = in_turns(check, steps, "linear", 2.5, peaks=True)
-    what = "step, compiled" if compiled else "step"
-    return {"what": what, "model": str(network), "base": "linear", "variants": timed}
+    return {"variants": in_turns(check, steps, "linear", 2.5, peaks=True)}
 
 
 def whole_models(check: Check) -> Rows:
     """A block of a language model, compiled too, and a vision transformer, whose block the section
     block compiles."""
     networks_of = {n.name: n for n in networks.MODELS["quick" if check.rehearsal else "cuda"]}
-    llama, vit = networks_of["Llama-block"], networks_of["ViT" if check.rehearsal else "ViT-Small"]
+    llama, vit = networks_of["Llama-block"], networks_of["ViT" if check.rehearsal else "ViT-S/16"]
     return [
-        (llama.name, functools.partial(model_row, check, llama, False)),
-        (f"{llama.name}, compiled", functools.partial(model_row, check, llama, True)),
-        (vit.name, functools.partial(model_row, check, vit, False)),
+        (str(llama), functools.partial(model_row, check, llama, False)),
+        (f"{llama}, compiled", functools.partial(model_row, check, llama, True)),
+        (str(vit), functools.partial(model_row, check, vit, False)),
     ]

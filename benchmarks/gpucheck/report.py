@@ -7,7 +7,6 @@ from pathlib import Path
 from gpucheck.child import Check, Rows
 from gpucheck.record import NO_TIME, not_reached, row_errors
 
-SIZES = ("m", "k", "n", "batch", "tokens", "width")
 PROSE = (
     "error",
     "missing",
@@ -122,7 +121,7 @@ def draw(data: dict, path: Path) -> dict:
     rows = [row for row in data["sections"].get("layers", {}).get("rows", []) if "variants" in row]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     for axis, what in zip(axes, ("forward", "step")):
-        chosen = [row for row in rows if row["what"] == what]
+        chosen = [row for row in rows if row["name"].startswith(what)]
         names = list(
             dict.fromkeys(name for row in chosen for name in row["variants"] if name != "linear")
         )
@@ -134,7 +133,7 @@ def draw(data: dict, path: Path) -> dict:
                 if "ratio" in row["variants"].get(name, {})
             ]
             axis.bar([p[0] for p in points], [p[1] for p in points], width=width, label=name)
-        labels = [f"{row['m']}x{row['k']}x{row['n']}" for row in chosen]
+        labels = [row["name"].split()[1] for row in chosen]
         axis.set_xticks([j + 0.35 for j in range(len(chosen))], labels, rotation=20, fontsize=8)
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_title(f"{what}, time over nn.Linear")

@@ -101,16 +101,7 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
     today = next(iter(settings))
     # what is kept is memory too
     timed = in_turns(check, variants, today, 0.6, peaks=compiled)
-    timed = per_call(timed, count) if how == "graph" else timed
-    return {
-        "switch": switch.name,
-        "what": f"step, {how}",
-        "m": m,
-        "k": k,
-        "n": n,
-        "base": today,
-        "variants": timed,
-    }
+    return {"variants": per_call(timed, count) if how == "graph" else timed}
 
 
 def switches(check: Check) -> Rows:
