@@ -107,7 +107,7 @@ def measure(
 def main(arguments: list[str] | None = None) -> tuple[list, list]:
     parser = report.command_line(__doc__, "averaging")
     parser.add_argument("--rows", type=int, default=4096, help="M (4096)")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
+    parser.add_argument("--rounds", type=report.at_least(2), default=9, help="at least 2 (9)")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
     )
@@ -118,14 +118,9 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     args = parser.parse_args(arguments)
     if args.quick:
         args.rows, args.rounds = 16, 2
-    if args.rounds < 2:
-        parser.error("--rounds: expected at least 2")
     chosen = {name: ACTIVATIONS[name] for name in args.activations}
     part = args.skip or len(chosen) < len(ACTIVATIONS) or len(args.dtypes) < 2
-    if args.docs and (part or args.rounds < 5):
-        parser.error(
-            "--docs: expected a full run of at least 5 rounds, whose figures mean something"
-        )
+    report.refuse_part(parser, args, part or args.rounds < 5)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     found, start = machine.describe("cpu"), time.perf_counter()

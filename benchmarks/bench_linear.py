@@ -19,22 +19,12 @@ CASES = {
 }
 
 
-def _layer(name, device, case, build):
-    """The variant, checked, its inputs, and what it keeps for backward."""
+@pytest.mark.parametrize("what", ["forward", "training step"])
+@pytest.mark.parametrize("name", peers.NAMES)
+def bench_layer(name, what, device, case, build, timed):
     plain, x, dy = peers.inputs_of(case.shape, case.dtype, device)
     module = build(name, plain)
     peers.check_linear(name, module, plain, x, dy)
     saved = timing.saved_bytes(lambda: module(x), list(module.parameters()))
-    return module, x, dy, saved
-
-
-@pytest.mark.parametrize("name", peers.NAMES)
-def bench_layer_forward(name, device, case, build, timed):
-    module, x, _, saved = _layer(name, device, case, build)
-    timed(timing.forward(module, x), name, "layer forward", saved_bytes=saved)
-
-
-@pytest.mark.parametrize("name", peers.NAMES)
-def bench_layer_step(name, device, case, build, timed):
-    module, x, dy, saved = _layer(name, device, case, build)
-    timed(timing.training_step(module, x, dy), name, "layer training step", saved_bytes=saved)
+    call = timing.forward(module, x) if what == "forward" else timing.training_step(module, x, dy)
+    timed(call, name, f"layer {what}", saved_bytes=saved)

@@ -424,18 +424,13 @@ def _plot_bought(axis: Any, record: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = report.command_line(__doc__, "cost")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
+    parser.add_argument("--seeds", type=report.at_least(1), default=3, help="number of seeds (3)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
-        "--from", dest="source", type=Path, help="report a stored run instead of measuring"
+        "--from", dest="source", type=report.stored_run, help="report a run instead of measuring"
     )
     args = parser.parse_args(arguments)
-    if args.seeds < 1 or args.threads < 1:
-        parser.error("--seeds, --threads: expected at least 1")
-    if args.quick and args.docs:
-        parser.error("--docs: expected a full run, whose figures mean something, not --quick")
-    if args.source is not None and not args.source.is_file():
-        parser.error(f"--from: expected a stored run, found no file {args.source}")
+    report.refuse_part(parser, args)
     if args.source:
         record = report.load(args.source, "cost")
     else:

@@ -63,26 +63,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--dry-run",
-        action="store_true",
-        help="rehearse on the CPU with small shapes: measures nothing",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the results: out/benchmarks, and out for a rehearsal",
-    )
+    said = "rehearse on the CPU with small shapes: measures nothing"
+    add("--dry-run", action="store_true", help=said)
+    said = "folder of the results: out/benchmarks, and out for a rehearsal"
+    add("--out", type=Path, metavar="DIR", help=said)
     add("--only", type=names, default=list(NAMES), metavar="A,B", help="run these sections alone")
     add("--skip", type=names, default=[], metavar="A,B", help="leave these sections out")
-    add(
-        "--within",
-        type=float,
-        default=WITHIN_S,
-        metavar="S",
-        help="seconds for all sections together (%(default)s)",
-    )
+    said = "seconds for all sections together (%(default)s)"
+    add("--within", type=float, default=WITHIN_S, metavar="S", help=said)
     return parser.parse_args(arguments)
 
 
@@ -96,7 +84,8 @@ def start(options: argparse.Namespace) -> Record:
     now = datetime.datetime.now(datetime.timezone.utc)
     kind = "rehearsal" if options.dry_run else "gpu-check"
     path = folder(options) / f"{kind}-{now.strftime('%Y%m%d-%H%M%S')}.json"
-    data = {"rehearsal": options.dry_run, "ended": False, "machine": {}, "sections": {}}
+    data = {"program": "gpu_check", "rehearsal": options.dry_run, "ended": False}
+    data |= {"machine": {}, "sections": {}}
     if options.dry_run:
         data["warning"] = (
             "A rehearsal on a CPU with small shapes. No figure in this file is evidence of "

@@ -33,23 +33,7 @@ VARIANTS = ("linear", "dip", "dip, producer", "eager", "eager, compiled")
 COMPILED = tuple(f"{name}, compiled" for name in VARIANTS[:4])
 
 
-def _llama() -> nn.Module:
-    return nn.Sequential(*(networks.LlamaBlock(512, 8, 4, 1408) for _ in range(4)))
-
-
-def _vit(width: int, heads: int) -> Callable[[], nn.Module]:
-    return lambda: networks.ViT(224, 16, width, 12, heads, 100)
-
-
-CASES = [
-    Network("ViT-Ti/16", _vit(192, 3), (2, 3, 224, 224), 100),
-    Network("ViT-S/16", _vit(384, 6), (2, 3, 224, 224), 100),
-    Network("ViT-S/16", _vit(384, 6), (8, 3, 224, 224), 100),
-    Network("ResNet-18", networks.ResNet18, (16, 3, 32, 32), 10),
-    Network("Llama, 4 blocks", _llama, (2, 256, 512)),
-    Network("BERT-base layer", lambda: networks.BertBlock(768, 12), (4, 128, 768)),
-]
-QUICK = networks.MODELS["quick"]
+CASES, QUICK = networks.MODELS["cpu"], networks.MODELS["quick"]
 
 
 def build(variant: str, plain: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -151,7 +135,7 @@ def table(rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = report.command_line(__doc__, "models")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
+    parser.add_argument("--rounds", type=report.at_least(2), default=9, help="at least 2 (9)")
     parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
     parser.add_argument("--compiled", action="store_true", help="all under torch.compile")
     parser.add_argument(
@@ -159,18 +143,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     )
     parser.add_argument("--only", default="", help="models whose name holds this")
     args = parser.parse_args(arguments)
-    if args.rounds < 2:
-        parser.error("--rounds: expected at least 2")
     cases = [case for case in (QUICK if args.quick else CASES) if args.only in case.name]
     if not cases:
         parser.error(
             f"--only: expected a part of one of {sorted({case.name for case in CASES})}, got "
             f"{args.only!r}"
         )
-    if args.docs and (args.quick or args.only or args.rounds < 5):
-        parser.error(
-            "--docs: expected a full run of at least 5 rounds, whose figures mean something"
-        )
+    report.refuse_part(parser, args, bool(args.only) or args.rounds < 5)
     torch.set_num_threads(args.threads if args.clock == "wall" else 1)
     program = "models-compiled" if args.compiled else "models"
     found, pages, place = machine.describe("cpu"), [], ""

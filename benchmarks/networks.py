@@ -229,19 +229,30 @@ class Network:
         return f"{self.name}-{'x'.join(map(str, self.shape))}"
 
 
-def _models(batch: int, llama: tuple[int, ...]) -> list[Network]:
-    return [
-        Network("MLP", lambda: mlp(784, 1024, 1024, 10), (16 * batch, 784), 10),
-        Network("ViT-Tiny", lambda: ViT(224, 16, 192, 12, 3, 100), (batch, 3, 224, 224), 100),
-        Network("ViT-Small", lambda: ViT(224, 16, 384, 12, 6, 100), (batch, 3, 224, 224), 100),
-        Network("Llama-block", lambda: LlamaBlock(2048, 16, 8, 5632), llama),
-        Network("ResNet-18", lambda: ResNet18(), (4 * batch, 3, 32, 32), 10),
-    ]
+def _llama() -> nn.Module:
+    return nn.Sequential(*(LlamaBlock(512, 8, 4, 1408) for _ in range(4)))
+
+
+def _vit(width: int, heads: int) -> Callable[[], nn.Module]:
+    return lambda: ViT(224, 16, width, 12, heads, 100)
 
 
 MODELS = {
-    "cpu": _models(4, (1, 256, 2048)),
-    "cuda": _models(128, (4, 2048, 2048)),
+    "cpu": [
+        Network("ViT-Ti/16", _vit(192, 3), (2, 3, 224, 224), 100),
+        Network("ViT-S/16", _vit(384, 6), (2, 3, 224, 224), 100),
+        Network("ViT-S/16", _vit(384, 6), (8, 3, 224, 224), 100),
+        Network("ResNet-18", ResNet18, (16, 3, 32, 32), 10),
+        Network("Llama, 4 blocks", _llama, (2, 256, 512)),
+        Network("BERT-base layer", lambda: BertBlock(768, 12), (4, 128, 768)),
+    ],
+    "cuda": [
+        Network("MLP", lambda: mlp(784, 1024, 1024, 10), (2048, 784), 10),
+        Network("ViT-Ti/16", _vit(192, 3), (128, 3, 224, 224), 100),
+        Network("ViT-S/16", _vit(384, 6), (128, 3, 224, 224), 100),
+        Network("Llama-block", lambda: LlamaBlock(2048, 16, 8, 5632), (4, 2048, 2048)),
+        Network("ResNet-18", ResNet18, (512, 3, 32, 32), 10),
+    ],
     "quick": [
         Network("MLP", lambda: mlp(16, 24, 10), (8, 16), 10),
         Network("ViT", lambda: ViT(8, 4, 16, 1, 2, 10), (2, 3, 8, 8), 10),

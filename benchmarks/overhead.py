@@ -524,21 +524,18 @@ def main(arguments: list[str] | None = None) -> dict:
     dtypes = ("float32", "bfloat16", "float16", "float64")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
     parser.add_argument(
-        "--budget", type=float, default=5.0, help="seconds of timing for each of a case's parts (5)"
+        "--budget",
+        type=report.at_least(0.01),
+        default=5.0,
+        help="seconds of timing for each of a case's parts (5)",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
-        "--from", dest="source", type=Path, help="report a stored run instead of measuring"
+        "--from", dest="source", type=report.stored_run, help="report a run instead of measuring"
     )
-    parser.add_argument("--against", type=Path, help="a stored run to compare with")
+    parser.add_argument("--against", type=report.stored_run, help="a stored run to compare with")
     args = parser.parse_args(arguments)
-    if args.threads < 1 or args.budget <= 0:
-        parser.error("--threads, --budget: expected at least 1 thread and more than 0 seconds")
-    if args.quick and args.docs:
-        parser.error("--docs: expected a full run, whose figures mean something, not --quick")
-    for path in (args.source, args.against):
-        if path is not None and not path.is_file():
-            parser.error(f"expected a stored run, found no file {path}")
+    report.refuse_part(parser, args)
     peers.compile_backend = "eager" if args.quick else "inductor"
     earlier = report.load(args.against, "overhead") if args.against else None
 

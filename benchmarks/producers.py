@@ -146,8 +146,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    if options.docs and (options.quick or options.only != KINDS or options.device != "cpu"):
-        parser.error("--docs: expected a full run on a CPU, whose figures mean something")
+    report.refuse_part(parser, options, options.only != KINDS or options.device != "cpu")
     torch.set_num_threads(options.threads if options.clock == "wall" else 1)
     device = torch.device(options.device)
     shapes = [tuple(map(int, text.split("x"))) for text in options.shapes or []] or SHAPES

@@ -168,11 +168,12 @@ def main(arguments: list[str] | None = None) -> list[list]:
     parser.add_argument("--shape", type=shape_of, default=(32, 128, 128), help="MxKxN (32x128x128)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument(
-        "--budget", type=float, default=10.0, help="seconds of timing for each of three parts (10)"
+        "--budget",
+        type=report.at_least(0.01),
+        default=10.0,
+        help="seconds of timing for each of three parts (10)",
     )
     args = parser.parse_args(arguments)
-    if args.threads < 1 or args.budget <= 0:
-        parser.error("--threads, --budget: expected at least 1 thread and more than 0 seconds")
     torch.set_num_threads(args.threads)
     found = machine.describe("cpu")
     rows, wholes = measure(args.shape, getattr(torch, args.dtype), args.budget, args.quick)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from machine import ROOT, kind_of
@@ -17,18 +17,46 @@ RUNS = ROOT / "out" / "benchmarks"  # whole runs; git ignores them
 RECORDS = ROOT / "benchmarks" / "results"
 
 
+def at_least(least: float) -> Callable[[str], float]:
+    """A flag's number, whole where `least` is."""
+
+    def number(text: str) -> float:
+        if (value := type(least)(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        return value
+
+    return number
+
+
+def stored_run(text: str) -> Path:
+    """A flag's file."""
+    if not (path := Path(text)).is_file():
+        raise argparse.ArgumentTypeError(f"expected a stored run, found no file {path}")
+    return path
+
+
 def command_line(doc: str, program: str, device: str = "cpu") -> argparse.ArgumentParser:
     """The options that programs share: --threads, --quick, --out and --docs."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--threads", type=int, default=2, help="torch's threads (2)")
+    add("--threads", type=at_least(1), default=2, help="torch's threads (2)")
     add("--quick", action="store_true", help="tiny sizes, whose figures mean nothing: does it run?")
     where = f"out/benchmarks/{program}-{device}-<date>.json"
     add("--out", type=Path, help=f"where to write ({where})")
     add("--docs", action="store_true", help="write tables and plots into the documents")
     return parser
+
+
+def refuse_part(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, part: bool = False
+) -> None:
+    """No --docs of a quick run, or of one that is a part for another reason."""
+    if args.docs and (args.quick or part):
+        parser.error(
+            "--docs: expected a full run of at least 5 rounds, whose figures mean something"
+        )
 
 
 def publish(
@@ -42,7 +70,7 @@ def publish(
     """Print what a program found, store its run, and with --docs fill its place in the pages: by
     default in that of the machine's kind."""
     print(text)
-    store(program, {"program": program, "quick": args.quick, **run}, args.out)
+    store(program, {"quick": args.quick, **run}, args.out)
     if not args.docs:
         return
     for page in (page_of(run["machine"]),) if pages is None else pages:
@@ -96,7 +124,7 @@ def store(program: str, run: dict, path: Path | None) -> Path:
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
         path = RUNS / f"{program}-{run['machine']['device']}-{now}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=1) + "\n")
+    path.write_text(json.dumps({"program": program, **run}, indent=1) + "\n")
     return path
 
 

@@ -23,23 +23,10 @@ import report
 import dipkernels as dip
 
 DIGITS = 6  # significant; the tables show three
-# What no table shows and no comparison reads: everywhere, but in the section small, and of a program
+# What no table shows: anywhere, but in the section small, in a program
 UNREAD = {"traceback", "said", "elapsed_s", "rounds", "quick", "program"}
 DIFFERENCES = {"over_base_s", "over_base_quartiles_s"}
 UNREAD_OF = {"producers": {"quartiles"}}
-
-
-def program_of(run: dict) -> str:
-    """Which program stored a run, by what the run holds."""
-    for key, program in (
-        ("sections", "gpu_check"),
-        ("studies", "cost"),
-        ("rates", "overhead"),
-        ("program", ""),
-    ):
-        if key in run:
-            return program or run[key]
-    raise ValueError(f"expected a run that a benchmark stored, got one of {', '.join(run)}")
 
 
 def rounded(value: object) -> object:
@@ -107,9 +94,13 @@ def summarise(runs: list[dict], release: str) -> dict:
     kinds = {machine.kind_of(run["machine"]) for run in runs}
     if len(kinds) > 1:
         raise ValueError(f"expected runs of one kind of machine, got {', '.join(sorted(kinds))}")
+    if strange := [run for run in runs if "program" not in run]:
+        raise ValueError(
+            f"expected runs that a benchmark stored, got one of {', '.join(strange[0])}"
+        )
     by_program: dict[str, list[dict]] = {}
     for run in sorted(runs, key=lambda run: run["machine"]["date"]):
-        by_program.setdefault(program_of(run), []).append(run)
+        by_program.setdefault(run["program"], []).append(run)
     record: dict = {
         "release": release,
         "kind": kinds.pop(),

@@ -427,7 +427,7 @@ def test_records_refuse_what_means_nothing(quick):
     told = {"name": "P", "traceback": "long", "said": "much"}
     told["variants"] = {"copy": {"seconds": 1.23456789}}
     here = {"gpu": "H100", "date": "1", "cpu": ""}
-    run = {"machine": here, "sections": {"perturb": {"rows": [told]}}}
+    run = {"program": "gpu_check", "machine": here, "sections": {"perturb": {"rows": [told]}}}
     (row,) = summary.summarise([run], "1.0")["gpu_check"]["sections"]["perturb"]["rows"]
     assert row == {"name": "P", "variants": {"copy": {"seconds": 1.23457}}}
 
@@ -451,7 +451,7 @@ def test_profile_of_a_small_layer_runs(tmp_path, capsys):
     out = tmp_path / "small.json"
     rows = profile_small_layer.main(["--quick", "--threads=1", "--out", str(out)])
     stored = json.loads(out.read_text())
-    assert summary.program_of(stored) == "small-layer" and stored["parts"] == rows
+    assert stored["program"] == "small-layer" and stored["parts"] == rows
     assert {row[1] for row in rows} == {"forward", "backward"}
     assert "op P: dispatcher and kernel" in capsys.readouterr().out
 
@@ -467,7 +467,7 @@ def test_averaging_is_timed(tmp_path, monkeypatch):
     options = ["--rows", "8", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--out"]
     analytic, mean = averaging.main([*options, str(out)])
     stored = json.loads(out.read_text())
-    assert summary.program_of(stored) == "averaging" and stored["mean"] == mean
+    assert stored["program"] == "averaging" and stored["mean"] == mean
     assert [row[1] for row in analytic] == ["relu", "gelu"]
     standard, wide = "8 x 64 x 64", "16 x 32 x 128"
     expected = [(standard, "8", "relu"), (standard, "8", "gelu"), (wide, "2", "gelu")]
@@ -485,11 +485,11 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
     rows = models.main([*options, str(out)])
     assert [row["variant"] for row in rows] == list(models.VARIANTS)
     assert all(row["ratio"] > 0 for row in rows)
-    assert summary.program_of(json.loads(out.read_text())) == "models"
+    assert json.loads(out.read_text())["program"] == "models"
     monkeypatch.setattr(peers, "compile_backend", "eager")
     rows = models.main([*options, str(out), "--compiled"])
     assert [row["variant"] for row in rows] == list(models.COMPILED)
-    assert summary.program_of(json.loads(out.read_text())) == "models-compiled"
+    assert json.loads(out.read_text())["program"] == "models-compiled"
     assert "| plain, compiled |" in capsys.readouterr().out
     monkeypatch.setattr(machine, "describe", lambda device: here | {"instruction_set": "SVE"})
     with pytest.raises(SystemExit):
@@ -505,7 +505,7 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
         (bench_producers, "--quick", "a full run"),
         (models, "--quick", "a full run"),
         (averaging, "--rounds 4", "a full run"),
-        (profile_model, "--rounds 1", "at least 5 rounds"),
+        (profile_model, "--rounds 1", "a full run of at least 5 rounds"),
     ],
 )
 def test_documents_get_no_figures_of_a_quick_run(program, options, expected, capsys):
@@ -525,7 +525,7 @@ def test_producers_benchmark_checks_times_and_prints(tmp_path, capsys):
     out = tmp_path / "producers.json"
     options = ["--quick", "--clock", "processor", "--dtypes", "float32", "--only", "rms"]
     rows = bench_producers.main([*options, "gated silu", "--out", str(out)])
-    assert summary.program_of(json.loads(out.read_text())) == "producers"
+    assert json.loads(out.read_text())["program"] == "producers"
     assert [(row["kind"], row["what"]) for row in rows] == [
         (kind, what) for kind in ("rms", "gated silu") for what in ("forward", "forward + backward")
     ]
