@@ -23,17 +23,17 @@ import json
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import arithmetic_setup as task
+import results_page
 import torch
 from parts import count
 from peft import LoraConfig, get_peft_model
 from results_page import (
     FOLDER,
     PAGE,
-    NotStored,
-    Store,
     cell,
     chosen_runs,
     chosen_text,
@@ -47,6 +47,7 @@ from results_page import (
     sigmas,
     summarise,
     table,
+    time_ratio,
     write_table,
 )
 from torch import Tensor, nn
@@ -144,22 +145,14 @@ def build(config: dict, base: dict[str, Tensor] | None) -> nn.Module:
     return with_method(model, config)
 
 
-def train(model: nn.Module, config: dict, batches: list[dict], bar: tqdm | None = None) -> float:
-    """config["steps"] steps through the batches, cosine decay after a short rise; returns processor
-    seconds."""
-    optimizer = torch.optim.AdamW(
-        dip.param_groups(model, config["lr"], weight_decay=0.01), betas=(0.9, 0.98), fused=True
-    )
-    steps = config["steps"]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], steps, pct_start=0.1
-    )
+def stepper(model: nn.Module, config: dict) -> tuple[torch.optim.Optimizer, Callable[[dict], None]]:
+    """The optimiser, and a training step on a batch."""
+    groups = dip.param_groups(model, config["lr"], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     alpha = config.get("alpha", 0.0)
-    torch.manual_seed(1000 + config["seed"])
-    model.train()
-    start = time.process_time()
-    for number in range(steps):
-        loss = model(**batches[number % len(batches)]).loss
+
+    def step(batch: dict) -> None:
+        loss = model(**batch).loss
         if alpha > 0:
             loss = loss + dip.penalty(model, alpha, beta=alpha * config["sigma"] ** 2)
         if "kl" in config:
@@ -167,155 +160,108 @@ def train(model: nn.Module, config: dict, batches: list[dict], bar: tqdm | None 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+
+    model.train()
+    return optimizer, step
+
+
+def train(model: nn.Module, config: dict, batches: list[dict]) -> float:
+    """config["steps"] steps through the batches, cosine decay after a short rise; returns processor
+    seconds."""
+    optimizer, step = stepper(model, config)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, config["steps"], pct_start=0.1)
+    torch.manual_seed(1000 + config["seed"])
+    start = time.process_time()
+    for number in range(config["steps"]):
+        step(batches[number % len(batches)])
         schedule.step()
-        if bar is not None:
-            bar.update()
     return time.process_time() - start
 
 
 # ---- the parts -----------------------------------------------------------------------------------
 
 
-class Study:
-    """The stored results, the settings, the runs of both stages."""
+class Study(results_page.Study):
+    """One stage."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, stage: str, args: argparse.Namespace) -> None:
+        search = {"plain": [{"lr": rate} for rate in LEARNING_RATES[stage]]} | SEARCH
+        folder = args.out / f"arithmetic_{stage.lower()}"
+        seeds = range(1 if args.quick else args.seeds)
+        super().__init__(stage, folder, args.quick, search, (VALIDATION_SEED,), seeds)
         self.args = args
-        self.stores = {
-            stage: Store(args.out / f"arithmetic_{stage.lower()}.json") for stage in args.stages
-        }
-        self.seeds = range(args.seeds)
         self.size = (
             {"dim": 32, "depth": 1} if args.quick else {"dim": args.dim, "depth": args.depth}
         )
-        self.num_steps = dict.fromkeys(STAGES, 2) if args.quick else STEPS
+        self.steps = 2 if args.quick else STEPS[stage]
         self.num_tested = 10 if args.quick else args.tested
-        self.search = {
-            stage: {
-                method: settings[:1] if args.quick else settings
-                for method, settings in (
-                    {"plain": [{"lr": rate} for rate in LEARNING_RATES[stage]]} | SEARCH
-                ).items()
-            }
-            for stage in args.stages
-        }
-        self.base: dict[int, dict[str, Tensor]] = {}  # weights of plain training, by seed
 
-    def data(self, stage: str, seed: int, steps: int | None = None) -> list[dict]:
+    def data(self, seed: int, steps: int) -> list[dict]:
         """One epoch of the stage; more steps than it has go through new problems."""
-        return task.batches(
-            seed, steps or self.num_steps[stage], BATCH, LENGTHS[stage], OPERATORS[stage]
-        )
+        return task.batches(seed, steps, BATCH, LENGTHS[self.name], OPERATORS[self.name])
 
-    def config(self, stage: str, method: str, setting: dict, seed: int, part: str) -> dict:
-        steps = self.num_steps[stage]
+    def config(self, method: str, setting: dict, seed: int, part: str) -> dict:
+        steps = self.steps
         if method == "plain, equal time":
-            steps = round(steps * self.time_ratio(stage))
-        name = "plain" if method.startswith("plain") else method
-        shared = {
-            "stage": stage,
-            "method": name,
-            "seed": seed,
-            "part": part,
-            "steps": steps,
-            **self.size,
-        }
-        return shared | {"batch": BATCH, "tested": self.num_tested} | setting
+            steps = round(steps * self.time_ratio())
+        name = method.split(",")[0]
+        shared = {"stage": self.name, "method": name, "seed": seed, "part": part, "steps": steps}
+        return shared | self.size | {"batch": BATCH, "tested": self.num_tested} | setting
 
     def base_of(self, seed: int) -> dict[str, Tensor]:
         """The model that plain training from scratch gave; kept beside the results that git
         ignores."""
-        if seed not in self.base:
-            config = self.config(
-                "scratch", "plain", {"lr": LEARNING_RATES["scratch"][0]}, seed, "test"
-            )
-            path = (
-                self.args.models
-                / f"base_{config['dim']}x{config['depth']}_{config['steps']}_{seed}.pt"
-            )
-            if not path.exists():
-                model = build(config, None)
-                train(model, config, self.data("scratch", seed, config["steps"]))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(model.state_dict(), path)
-            self.base[seed] = torch.load(path, weights_only=True)
-        return self.base[seed]
+        scratch = Study("scratch", self.args)
+        config = scratch.config("plain", {"lr": LEARNING_RATES["scratch"][0]}, seed, "test")
+        name = f"base_{config['dim']}x{config['depth']}_{config['steps']}_{seed}.pt"
+        path = self.args.models / name
+        if not path.exists():
+            model = build(config, None)
+            train(model, config, scratch.data(seed, config["steps"]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), path)
+        return torch.load(path, weights_only=True)
 
-    def run(self, config: dict, bar: tqdm) -> dict:
+    def measure(self, config: dict) -> dict:
         """Train as the config says; exact match on its part by number of steps."""
+        data = self.data(config["seed"], config["steps"])
+        model = build(config, self.base_of(config["seed"]) if self.name == "LoRA" else None)
+        seconds = train(model, config, data)
+        scores = {}
+        for steps in TESTED[self.name]:
+            operators = OPERATORS[self.name]
+            chosen = task.problems(0, config["tested"], steps, operators, config["part"])
+            scores[str(steps)] = task.exact_match(model, chosen)
+        result = {"scores": scores, "train_cpu_seconds": round(seconds, 2)}
+        result["parameters"] = sum(p.numel() for p in model.parameters())
+        return result | ({"sigma": sigmas(model)} if config["method"] == "DIP" else {})
 
-        def make() -> dict:
-            bar.set_description(f"{config['stage']}: {config['method']}, seed {config['seed']}")
-            stage = config["stage"]
-            data = self.data(stage, config["seed"], config["steps"])
-            model = build(config, self.base_of(config["seed"]) if stage == "LoRA" else None)
-            seconds = train(model, config, data)
-            scores = {}
-            for steps in TESTED[stage]:
-                chosen = task.problems(0, config["tested"], steps, OPERATORS[stage], config["part"])
-                scores[str(steps)] = task.exact_match(model, chosen)
-            result = {"scores": scores, "train_cpu_seconds": round(seconds, 2)}
-            result["parameters"] = sum(p.numel() for p in model.parameters())
-            return result | ({"sigma": sigmas(model)} if config["method"] == "DIP" else {})
-
-        result = self.stores[config["stage"]].run(config, make)["result"]
-        bar.update()
-        return result
-
-    def time_ratio(self, stage: str) -> float:
-        """Processor time of a DIP step over that of a plain step: median over interleaved
-        rounds."""
+    def time_ratio(self) -> float:
+        """Processor time of a DIP step over that of a plain step."""
 
         def make() -> float:
-            data, rounds = self.data(stage, 0, 1), 3 if self.args.quick else 15
-            shared = {"stage": stage, "seed": 0, "lr": 1e-3, "steps": 1, **self.size}
+            (batch,) = self.data(0, 1)
             base = task.llama(**self.size).state_dict()
-            configs = [
-                shared | {"method": "plain"},
-                shared | {"method": "DIP", "sigma": 0.1, "alpha": 0.01},
+            shared = {"stage": self.name, "seed": 0, "lr": 1e-3, **self.size}
+            steps = [
+                stepper(build(config, base), config)[1]
+                for config in (
+                    shared | {"method": "plain"},
+                    shared | {"method": "DIP", "sigma": 0.1, "alpha": 0.01},
+                )
             ]
-            models = [build(config, base) for config in configs]
-            ratios = [
-                [train(model, config, data) for model, config in zip(models, configs)]
-                for _ in range(rounds + 2)
-            ][2:]
-            return round(statistics.median(dip_step / plain for plain, dip_step in ratios), 2)
+            rounds = 3 if self.quick else 15
+            return time_ratio(*(lambda step=step: step(batch) for step in steps), rounds)
 
-        return self.stores[stage].value("DIP step over plain step", make)
+        return self.store.value("DIP step over plain step", make)
 
-    def tune(self, bar: tqdm) -> None:
-        """Choose every method's setting by the mean exact match over all lengths on validation
-        problems."""
-        for stage in self.args.stages:
-            chosen, trials = {}, {}
-            for method, settings in self.search[stage].items():
-                shared = chosen.get("plain", {})
-                configs = [
-                    self.config(stage, method, shared | setting, VALIDATION_SEED, "val")
-                    for setting in settings
-                ]
-                trials[method] = [
-                    (overall(self.run(c, bar)), setting) for c, setting in zip(configs, settings)
-                ]
-                chosen[method] = max(trials[method], key=lambda pair: pair[0])[1]
-            self.stores[stage].values |= {"chosen": chosen, "search": trials}
-            self.stores[stage].save()
+    def score(self, result: dict) -> float:
+        return overall(result)
 
-    def test(self, stage: str, method: str, bar: tqdm) -> list[dict]:
-        settings = self.stores[stage].values.get("chosen")
-        if settings is None:
-            raise NotStored(
-                f"--parts: no settings chosen yet for the stage {stage}; run the part tune first"
-            )
-        setting = settings["plain"] | ({} if method.startswith("plain") else settings[method])
-        return [
-            self.run(self.config(stage, method, setting, seed, "test"), bar) for seed in self.seeds
-        ]
-
-    def main(self, bar: tqdm) -> None:
-        for stage in self.args.stages:
-            for method in METHODS:
-                self.test(stage, method, bar)
+    def main(self) -> None:
+        for method in METHODS:
+            self.test(method)
 
 
 def overall(result: dict) -> float:
@@ -325,8 +271,8 @@ def overall(result: dict) -> float:
 # ---- tables and figures --------------------------------------------------------------------------
 
 
-def main_table(study: Study, stage: str, bar: tqdm) -> str:
-    results = {method: study.test(stage, method, bar) for method in METHODS}
+def main_table(study: Study) -> str:
+    stage, results = study.name, {method: study.test(method) for method in METHODS}
     best = max(METHODS, key=lambda method: statistics.fmean(overall(r) for r in results[method]))
     longest = max(LENGTHS[stage])
     heads = [f"{steps} steps" + (" (longer)" if steps > longest else "") for steps in TESTED[stage]]
@@ -343,10 +289,10 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
         f"{len(study.seeds)} seed(s), "
         f"mean ± standard deviation; the best mean in bold. {results['plain'][0]['parameters']:,} "
         "parameters, "
-        f"{study.config(stage, 'plain', {}, 0, 'test')['steps']} steps of {BATCH} problems. "
-        f"Chosen on validation problems: {chosen_text(study.stores[stage])}. A DIP step costs "
-        f"{study.time_ratio(stage)} plain steps."
-        f"\n\n{text}\n\n{environment_line(study.stores[stage].runs)}"
+        f"{study.steps} steps of {BATCH} problems. "
+        f"Chosen on validation problems: {chosen_text(study.store)}. A DIP step costs "
+        f"{study.time_ratio()} plain steps."
+        f"\n\n{text}\n\n{environment_line(study.store.runs)}"
     )
 
 
@@ -376,22 +322,21 @@ def plots(folder: Path) -> None:
             figures.save(fig, folder / f"arithmetic_{stage.lower()}.svg")
 
 
-def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
+def report(studies: dict[str, Study], page: Path, out: Path) -> None:
     """Tables, figures and summary from what is stored; nothing is trained, and what is missing is
     said."""
-    for store in study.stores.values():
+    stores = {stage: study.store for stage, study in studies.items()}
+    for store in stores.values():
         store.makes = False
     whole = [
-        write_table(
-            page, f"arithmetic-{stage.lower()}", lambda stage=stage: main_table(study, stage, bar)
-        )
-        for stage in study.args.stages
+        write_table(page, f"arithmetic-{stage.lower()}", lambda study=study: main_table(study))
+        for stage, study in studies.items()
     ]
-    if set(study.args.stages) == set(STAGES):
+    if set(studies) == set(STAGES):
         head = ["stage", "method", "setting: mean exact match on validation problems"]
-        write_table(page, "arithmetic-search", lambda: search_table(head, study.stores))
+        write_table(page, "arithmetic-search", lambda: search_table(head, stores))
         if all(whole):
-            summarise(study.stores.values(), out / "arithmetic.json")
+            summarise(stores.values(), out / "arithmetic.json")
             plots(out)
 
 
@@ -408,20 +353,22 @@ def main(arguments: list[str] | None = None) -> None:
     if args.figures:
         plots(FOLDER)
         return
-    args.seeds = 1 if args.quick else args.seeds
     args.models = args.out if args.quick else args.models
     set_up(args)
-
-    study = Study(args)
-    total = sum(len(s) for search in study.search.values() for s in search.values()) * (
-        "tune" in args.parts
+    studies = {stage: Study(stage, args) for stage in args.stages}
+    total = sum(
+        study.num_tune() * ("tune" in args.parts)
+        + len(METHODS) * len(study.seeds) * ("main" in args.parts)
+        for study in studies.values()
     )
-    total += len(args.stages) * len(METHODS) * len(study.seeds) * ("main" in args.parts)
     with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
-        run_parts(study, PARTS, args, bar)
+        for study in studies.values():
+            study.bar = bar
+            run_parts(study, PARTS, args)
+            study.bar = tqdm(disable=True)
     if "report" in args.parts:
         folder = FOLDER if args.page == PAGE else args.out
-        report(study, args.page, folder, tqdm(disable=True))
+        report(studies, args.page, folder)
         print(f"wrote {args.page} and {folder}")
 
 

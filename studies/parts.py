@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -40,11 +41,10 @@ def run(
         {**key, **part(key)} for every key.
     """
     keys = list(keys)
-    files = [out / "parts" / f"{_name(key)}.json" for key in keys]
+    files = [out / "parts" / f"{name_of(key)}.json" for key in keys]
     if stored:
         return [json.loads(file.read_text()) for file in files if file.exists()]
     missing = {file: key for file, key in zip(files, keys, strict=True) if not file.exists()}
-    (out / "parts").mkdir(parents=True, exist_ok=True)
     with tqdm(
         total=len(keys), initial=len(keys) - len(missing), unit="part", dynamic_ncols=True
     ) as bar:
@@ -53,14 +53,14 @@ def run(
                 jobs = {pool.submit(part, key): (file, key) for file, key in missing.items()}
                 for job in as_completed(jobs):
                     file, key = jobs[job]
-                    _write(file, {**key, **job.result()})
+                    save(file, {**key, **job.result()})
                     bar.update()
         else:
             for file, key in missing.items():
                 bar.set_description(
                     " ".join(value for value in key.values() if isinstance(value, str))
                 )
-                _write(file, {**key, **part(key)})
+                save(file, {**key, **part(key)})
                 bar.update()
     return [json.loads(file.read_text()) for file in files]
 
@@ -99,13 +99,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _name(key: dict[str, Any]) -> str:
+def name_of(key: dict[str, Any]) -> str:
     whole = {"defaults": DEFAULTS, **key}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _write(file: Path, value: dict[str, Any]) -> None:
+def save(file: Path, value: Any) -> None:
     """Whole or not at all."""
-    part = file.with_suffix(".tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(value) + "\n")
     part.replace(file)

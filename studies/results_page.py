@@ -4,11 +4,7 @@ tables of a page, summaries."""
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import json
-import os
-import platform
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from parts import count
-from tables import figures, report
+from parts import count, name_of, save
+from tables import figures, machine, report, timing
 from torch import nn
+from tqdm import tqdm
 
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
@@ -51,12 +48,12 @@ def set_up(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
 
 
-def run_parts(study: Any, steps: Iterable[str], args: argparse.Namespace, bar: Any) -> None:
-    """study.STEP(bar) for each that --parts names, but the report."""
+def run_parts(study: Study, steps: Iterable[str], args: argparse.Namespace) -> None:
+    """study.STEP() for each that --parts names, but the report."""
     for step in steps:
         if step in args.parts and step != "report":
             try:
-                getattr(study, step)(bar)
+                getattr(study, step)()
             except NotStored as error:
                 raise SystemExit(str(error)) from None
 
@@ -67,25 +64,15 @@ def setting_text(setting: dict[str, float]) -> str:
 
 def environment() -> dict[str, str | int]:
     """Machine, versions and date: what every stored figure carries."""
+    found = machine.describe("cpu")
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) "
-        "used",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "machine": f"{found['cpu']}, {found['cores']} cores, {found['threads']} thread(s) used",
+        "python": found["python"],
+        "torch": found["torch"],
         "numpy": np.__version__,
         "dipkernels": dip.__version__,
-        "date": datetime.date.today().isoformat(),
+        "date": found["date"][:10],
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def environment_line(runs: Sequence[dict]) -> str:
@@ -165,62 +152,125 @@ NOT_RUN = "*Not run yet; the command above goes on where it was stopped.*"
 
 
 class Store:
-    """Results by configuration in one JSON file, written after every run, so that an interrupted
-    command goes on.
+    """Results by configuration, each in a file of its own, so that an interrupted command goes on
+    and processes may share the folder.
 
-    A run is found again by its whole configuration: change a flag and it is made anew.
-    `value(key, make)` keeps what is not a run. Processes may share the file: each write takes in
-    what the others have written.
+    A run is found again by its whole configuration: change a flag and it is made anew. `value` and
+    `keep` are for what is not a run.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values: dict = {}
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.makes = True  # False: what is not stored raises NotStored
-        self._runs: dict[str, dict] = {}
-        self._read()
 
     @property
     def runs(self) -> list[dict]:
-        return list(self._runs.values())
+        found = map(_read, (self.folder / "runs").glob("*.json"))
+        return sorted(found, key=lambda run: _key(run["config"]))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {file.stem: _read(file) for file in sorted((self.folder / "values").glob("*.json"))}
 
     def run(self, config: dict, make: Callable[[], dict]) -> dict:
         """The stored result of this configuration, or make()'s, stored."""
-        key = _key(config)
-        if key not in self._runs:
-            self._read()
-        if key not in self._runs and not self.makes:
-            raise NotStored(f"{self.path}: expected a run of {key}, found none")
-        if key not in self._runs:
-            self._runs[key] = {"config": config, "environment": environment(), "result": make()}
-            self.save()
-        return self._runs[key]
+        file = self.folder / "runs" / f"{name_of(config)}.json"
+        if not file.exists():
+            self._expect_nothing(f"a run of {_key(config)}")
+            save(file, {"config": config, "environment": environment(), "result": make()})
+        return _read(file)
 
-    def value(self, key: str, make: Callable[[], object]):
-        if key not in self.values:
-            self._read()
-        if key not in self.values and not self.makes:
-            raise NotStored(f"{self.path}: expected a value of {key!r}, found none")
-        if key not in self.values:
-            self.values[key] = make()
-            self.save()
-        return self.values[key]
+    def value(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self.values:
+            self._expect_nothing(f"a value of {name!r}")
+            self.keep(name, make())
+        return self.values[name]
 
-    def _read(self) -> None:
-        if self.path.exists():
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            self.values = stored["values"] | self.values
-            self._runs = {_key(run["config"]): run for run in stored["runs"]} | self._runs
+    def keep(self, name: str, value: Any) -> None:
+        save(self.folder / "values" / f"{name}.json", value)
 
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.with_suffix(".lock")):
-            self._read()
-            part = self.path.with_suffix(".part")
-            lines = ",\n".join(json.dumps(run) for _, run in sorted(self._runs.items()))
-            values = json.dumps(self.values, indent=1, sort_keys=True)
-            part.write_text(f'{{"values": {values},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
-            part.replace(self.path)
+    def _expect_nothing(self, what: str) -> None:
+        if not self.makes:
+            raise NotStored(f"{self.folder}: expected {what}, found none")
+
+
+class Study:
+    """A network's or a stage's runs: a search for each method's setting, then tests with it.
+
+    Subclasses have config(method, setting, seed, part, **changes), measure(config) and
+    score(result), the mean that settings are chosen by.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        quick: bool,
+        search: dict[str, list[dict]],
+        tune_seeds: Sequence[int],
+        seeds: Sequence[int],
+    ) -> None:
+        self.name, self.store, self.quick = name, Store(folder), quick
+        self.search = {m: settings[: 1 if quick else None] for m, settings in search.items()}
+        self.tune_seeds, self.seeds = tune_seeds, seeds
+        self.bar = tqdm(disable=True)
+
+    def result(self, config: dict) -> dict:
+        self.bar.set_description(f"{self.name}: {config['method']}, seed {config['seed']}")
+        found = self.store.run(config, lambda: self.measure(config))["result"]
+        self.bar.update()
+        return found
+
+    def tune(self) -> None:
+        """Choose every method's setting by its score on validation data, over plain training's."""
+        chosen: dict[str, dict] = {}
+        trials: dict[str, list] = {}
+        for method, settings in self.search.items():
+            trials[method] = []
+            for setting in settings:
+                whole = chosen.get("plain", {}) | setting
+                configs = [self.config(method, whole, seed, "val") for seed in self.tune_seeds]
+                scores = [self.score(self.result(config)) for config in configs]
+                trials[method].append((round(statistics.fmean(scores), 2), setting))
+            chosen[method] = max(trials[method], key=lambda pair: pair[0])[1]
+        self.store.keep("chosen", chosen)
+        self.store.keep("search", trials)
+
+    def chosen(self, method: str) -> dict:
+        """The setting that `tune` chose, with plain training's."""
+        settings, name = self.store.values.get("chosen", {}), method.split(",")[0]
+        if name not in settings:
+            raise NotStored(
+                f"--parts: no setting chosen yet for {name} on {self.name}; run the part tune first"
+            )
+        return settings["plain"] | settings[name]
+
+    def test(self, method: str, num_seeds: int | None = None, **changes: Any) -> list[dict]:
+        """The results of all (or the first) seeds on test data, with the chosen setting, changed
+        where asked."""
+        setting = self.chosen(method)
+        configs = [
+            self.config(method, setting, s, "test", **changes) for s in self.seeds[:num_seeds]
+        ]
+        return list(map(self.result, configs))
+
+    def num_tune(self) -> int:
+        return len(self.tune_seeds) * sum(map(len, self.search.values()))
+
+
+def time_ratio(plain: Callable[[], object], noisy: Callable[[], object], rounds: int) -> float:
+    """Processor time of a DIP step over that of a plain step: median over interleaved rounds."""
+    timed = timing.interleave(
+        {"plain": plain, "DIP": noisy},
+        "plain",
+        torch.device("cpu"),
+        budget_s=0.0,
+        rounds=(rounds, rounds),
+        at_least_s=0.0,
+        always=("DIP",),
+        clock="processor",
+    )
+    return round(timed["DIP"]["ratio"], 2)
 
 
 def summarise(stores: Iterable[Store], path: Path) -> None:
@@ -233,12 +283,12 @@ def summarise(stores: Iterable[Store], path: Path) -> None:
     groups: dict[str, list[tuple[str, dict]]] = {}
     values, environments = {}, {}
     for store in stores:
-        values[store.path.stem] = store.values
+        values[store.folder.name] = store.values
         for run in store.runs:
             environments[json.dumps(run["environment"])] = run["environment"]
             setting = {name: value for name, value in run["config"].items() if name != "seed"}
-            groups.setdefault(_key({"of": store.path.stem} | setting), []).append(
-                (store.path.stem, run)
+            groups.setdefault(_key({"of": store.folder.name} | setting), []).append(
+                (store.folder.name, run)
             )
     if not groups:
         return
@@ -269,20 +319,8 @@ def _spread(results: list):
     return [round(number, 2) for number in mean_std(results)]
 
 
-@contextlib.contextmanager
-def _locked(path: Path):
-    """One process at a time inside; where the system has no flock, no lock."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _key(config: dict) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import figures  # noqa: F401  for the other files here
+import figures  # noqa: F401  for the other files here, as the next but one
+import machine  # noqa: F401
 import report
+import timing  # noqa: F401
 
 markdown = report.table
 

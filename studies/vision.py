@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import results_page
 import torch
 import torch.nn.functional as F
 import vision_methods as methods
@@ -122,19 +123,6 @@ def overall(scores: dict) -> float:
     return statistics.fmean(scores[kind][strength] for kind, strength in COLUMNS)
 
 
-def run(config: dict, pgd_steps: int, by_k: bool = False) -> dict:
-    """Train as the config says, evaluate on its split."""
-    data = split(config["seed"])
-    model, seconds = methods.train(config, *data["train"])
-    x, y = data[config["split"]]
-    result = {"scores": evaluate(model, x, y, pgd_steps), "train_cpu_seconds": round(seconds, 2)}
-    if config["method"] == "DIP":
-        result["sigma"] = sigmas(model)
-    if by_k:
-        result["k"] = accuracy_by_k(model, x, y, pgd_steps)
-    return result
-
-
 KS = (1, 2, 4, 8, 16, 32, 50)
 
 
@@ -220,174 +208,118 @@ def measure_smoothness(config: dict) -> dict[str, dict[str, float]]:
 # ---- the parts -----------------------------------------------------------------------------------
 
 
-class Study:
-    """One network: its stored results, its settings, its runs."""
+class Study(results_page.Study):
+    """One network."""
 
     def __init__(self, arch: str, args: argparse.Namespace) -> None:
-        self.arch, self.quick, self.args = arch, args.quick, args
-        self.store = Store(args.out / f"vision_{arch.lower()}.json")
-        self.smooth_store = Store(args.out / f"vision_smoothness_{arch.lower()}.json")
-        self.seeds = range(1 if args.quick else args.seeds or SEEDS[arch])
+        folder, seeds = args.out / f"vision_{arch.lower()}", args.seeds or SEEDS[arch]
+        seeds = range(1 if args.quick else seeds)
+        super().__init__(arch, folder, args.quick, methods.search(arch), TUNE_SEEDS[arch], seeds)
+        self.smooth_store = Store(args.out / f"vision_smoothness_{arch.lower()}")
         self.epochs = args.epochs or (1 if args.quick else EPOCHS[arch])
         self.pgd_steps = 2 if args.quick else 10
-        self.shared = {"arch": arch, "batch": BATCH[arch], "training": "clean"}
+        self.trainings = args.trainings[: 1 if args.quick else None]
+        self.smooth_methods = METHODS[: 2 if args.quick else None]
+        self.changes = ABLATIONS[arch][: 2 if args.quick else None]
+        self.rates, self.alphas = ((0.01,), (0.1,)) if args.quick else NEEDS[arch]
 
-    def config(self, method: str, setting: dict, **changes) -> dict:
-        name = "plain" if method.startswith("plain") else method
-        epochs = self.epochs
+    def config(self, method: str, setting: dict, seed: int, part: str, **changes) -> dict:
+        name, epochs = method.split(",")[0], self.epochs
         if method == "plain, equal time":
             epochs = max(1, round(epochs * self.time_ratio()))
-        m = M[self.arch] if name in SEVERAL else 1
-        config = self.shared | {"method": name, "epochs": epochs, "m": m} | setting | changes
+        shared = {"arch": self.name, "batch": BATCH[self.name], "training": "clean"}
+        shared |= {"method": name, "epochs": epochs, "m": M[self.name] if name in SEVERAL else 1}
+        config = shared | setting | {"seed": seed, "split": part} | changes
         return {key: value for key, value in config.items() if DEFAULTS.get(key) != value}
 
     def time_ratio(self) -> float:
-        return self.store.value(
-            "DIP step over plain step",
-            lambda: round(
-                methods.time_ratio(
-                    self.arch, M[self.arch], BATCH[self.arch], 5 if self.quick else 40
-                ),
-                2,
-            ),
-        )
+        def make() -> float:
+            rounds = 5 if self.quick else 40
+            return methods.time_ratio(self.name, M[self.name], BATCH[self.name], rounds)
 
-    def result(self, config: dict, **kwargs) -> dict:
-        return self.store.run(config, lambda: run(config, self.pgd_steps, **kwargs))["result"]
+        return self.store.value("DIP step over plain step", make)
 
-    def chosen(self, method: str) -> dict:
-        """The setting that `tune` chose, with plain training's learning rate and weight decay."""
-        settings = self.store.values.get("chosen", {})
-        name = "plain" if method.startswith("plain") else method
-        if name not in settings:
-            raise NotStored(
-                f"--parts: no setting chosen yet for {name} on {self.arch}; run the part tune first"
-            )
-        return settings["plain"] | settings[name]
+    def measure(self, config: dict) -> dict:
+        """Train as the config says, evaluate on its split."""
+        data = split(config["seed"])
+        model, seconds = methods.train(config, *data["train"])
+        x, y = data[config["split"]]
+        scores = evaluate(model, x, y, self.pgd_steps)
+        result = {"scores": scores, "train_cpu_seconds": round(seconds, 2)}
+        if config["method"] == "DIP":
+            result["sigma"] = sigmas(model)
+            if config["split"] == "test" and config == self.config(
+                "DIP", self.chosen("DIP"), config["seed"], "test"
+            ):
+                result["k"] = accuracy_by_k(model, x, y, self.pgd_steps)
+        return result
 
-    def tune(self, bar: tqdm) -> None:
-        """Choose every method's setting by the mean over the conditions on validation images,
-        training clean."""
-        chosen: dict[str, dict] = {}
-        trials: dict[str, list] = {}
-        for method, settings in methods.search(self.arch).items():
-            scored = []
-            for setting in settings[:1] if self.quick else settings:
-                means = []
-                for seed in TUNE_SEEDS[self.arch]:
-                    bar.set_description(f"{self.arch}: search, {method}")
-                    config = self.config(
-                        method, chosen.get("plain", {}) | setting, seed=seed, split="val"
-                    )
-                    means.append(overall(self.result(config)["scores"]))
-                    bar.update()
-                scored.append((round(statistics.fmean(means), 2), setting))
-            trials[method] = scored
-            chosen[method] = max(scored, key=lambda pair: pair[0])[1]
-        self.store.values |= {"chosen": chosen, "search": trials}
-        self.store.save()
-
-    def test(
-        self,
-        method: str,
-        bar: tqdm | None,
-        training: str = "clean",
-        num_seeds: int | None = None,
-        **changes,
-    ) -> list[dict]:
-        """The results of all (or the first) seeds on the test images, with the chosen setting,
-        changed where asked."""
-        results = []
-        for seed in self.seeds[:num_seeds]:
-            if bar is not None:
-                bar.set_description(f"{self.arch}: {training}, {method}, seed {seed}")
-            config = self.config(
-                method, self.chosen(method), training=training, seed=seed, split="test", **changes
-            )
-            results.append(
-                self.result(config, by_k=method == "DIP" and training == "clean" and not changes)
-            )
-            if bar is not None:
-                bar.update()
-        return results
-
-    def trainings(self) -> list[str]:
-        return self.args.trainings[:1] if self.quick else self.args.trainings
+    def score(self, result: dict) -> float:
+        return overall(result["scores"])
 
     def complete_trainings(self) -> list[str]:
         """Those of which every run is stored."""
 
         def complete(training: str) -> bool:
             try:
-                return all(self.test(method, None, training) for method in METHODS)
+                return all(self.test(method, training=training) for method in METHODS)
             except NotStored:
                 return False
 
-        return [training for training in self.trainings() if complete(training)]
+        return list(filter(complete, self.trainings))
 
-    def main(self, bar: tqdm) -> None:
-        for training in self.trainings():
+    def main(self) -> None:
+        for training in self.trainings:
             for method in METHODS:
-                self.test(method, bar, training)
+                self.test(method, training=training)
 
-    def needs(self, bar: tqdm | None) -> dict[tuple, dict]:
+    def needs(self) -> dict[tuple, dict]:
         """What DIP needs, on validation images: variance learning rate against alpha."""
-        results = {}
-        rates, alphas = NEEDS[self.arch] if not self.quick else ((0.01,), (0.1,))
-        for rate in rates:
-            for alpha in alphas:
-                changes = {"variance_lr": rate, "alpha": alpha, "sigma": NEEDS_SIGMA[self.arch]}
-                config = self.config("DIP", self.chosen("DIP") | changes, seed=100, split="val")
-                results[rate, alpha] = self.result(config)
-                if bar is not None:
-                    bar.set_description(f"{self.arch}: variance_lr {rate}, alpha {alpha}")
-                    bar.update()
-        return results
+        setting = self.chosen("DIP") | {"sigma": NEEDS_SIGMA[self.name]}
+        return {
+            (rate, alpha): self.result(
+                self.config("DIP", setting, 100, "val", variance_lr=rate, alpha=alpha)
+            )
+            for rate in self.rates
+            for alpha in self.alphas
+        }
 
-    def ablations(self, bar: tqdm | None) -> list[tuple[str, list[dict]]]:
+    def ablations(self) -> list[tuple[str, list[dict]]]:
         """One change at a time to the chosen DIP setting."""
-        rows = [("DIP as chosen", self.test("DIP", bar, num_seeds=ABLATION_SEEDS))]
-        rows += [
-            (f"baseline: {name}", self.test(name, bar, num_seeds=ABLATION_SEEDS))
-            for name in ("plain", "plain, equal time", "fixed variance")
+        rows = [("DIP as chosen", self.test("DIP", ABLATION_SEEDS))]
+        rows += [(f"baseline: {name}", self.test(name, ABLATION_SEEDS)) for name in BASELINES]
+        return rows + [
+            (label, self.test("DIP", ABLATION_SEEDS, **changes)) for label, changes in self.changes
         ]
-        for label, changes in ABLATIONS[self.arch][:2] if self.quick else ABLATIONS[self.arch]:
-            rows.append((label, self.test("DIP", bar, num_seeds=ABLATION_SEEDS, **changes)))
-        return rows
 
-    def smoothness(self, bar: tqdm | None) -> dict[str, list[dict]]:
+    def smoothness(self) -> dict[str, list[dict]]:
         """Every method's smoothness, trained clean; models are not kept, so these are trained
         again."""
         results: dict[str, list[dict]] = {}
-        for method in METHODS[:2] if self.quick else METHODS:
+        for method in self.smooth_methods:
             for seed in self.seeds[:SMOOTH_SEEDS]:
-                config = self.config(method, self.chosen(method), seed=seed, split="test")
+                self.bar.set_description(f"{self.name}: smoothness, {method}, seed {seed}")
+                config = self.config(method, self.chosen(method), seed, "test")
                 run = self.smooth_store.run(
                     config, lambda config=config: measure_smoothness(config)
                 )
                 results.setdefault(method, []).append(run["result"])
-                if bar is not None:
-                    bar.set_description(f"{self.arch}: smoothness, {method}, seed {seed}")
-                    bar.update()
+                self.bar.update()
         return results
 
     def num_runs(self, parts: list[str]) -> int:
-        tune = sum(1 if self.quick else len(s) for s in methods.search(self.arch).values()) * len(
-            TUNE_SEEDS[self.arch]
-        )
         count = {
-            "tune": tune,
-            "main": len(self.trainings()) * len(METHODS) * len(self.seeds),
-            "needs": 1 if self.quick else len(NEEDS[self.arch][0]) * len(NEEDS[self.arch][1]),
-            "ablations": (4 + len(ABLATIONS[self.arch][: 2 if self.quick else None]))
+            "tune": self.num_tune(),
+            "main": len(self.trainings) * len(METHODS) * len(self.seeds),
+            "needs": len(self.rates) * len(self.alphas),
+            "ablations": (1 + len(BASELINES) + len(self.changes))
             * len(self.seeds[:ABLATION_SEEDS]),
+            "smoothness": len(self.smooth_methods) * len(self.seeds[:SMOOTH_SEEDS]),
         }
-        count["smoothness"] = len(METHODS[:2] if self.quick else METHODS) * len(
-            self.seeds[:SMOOTH_SEEDS]
-        )
         return sum(count.get(part, 0) for part in parts)
 
 
+BASELINES = ("plain", "plain, equal time", "fixed variance")  # beside the ablations
 DEFAULTS = {
     "placement": "every layer",
     "beta_factor": 1.0,
@@ -433,7 +365,7 @@ def seconds(results: list[dict]) -> str:
 def main_table(study: Study) -> str:
     rows, trainings = [], study.complete_trainings()
     for training in trainings:
-        results = {method: study.test(method, None, training) for method in METHODS}
+        results = {method: study.test(method, training=training) for method in METHODS}
         best = max(
             METHODS,
             key=lambda method: statistics.fmean(overall(r["scores"]) for r in results[method]),
@@ -445,10 +377,10 @@ def main_table(study: Study) -> str:
     if not rows:
         return ""
     text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
-    missing = [training for training in study.trainings() if training not in trainings]
+    missing = [training for training in study.trainings if training not in trainings]
     return (
         f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in "
-        f"bold. Chosen on validation images: {chosen_text(study.store)}. {M[study.arch]} "
+        f"bold. Chosen on validation images: {chosen_text(study.store)}. {M[study.name]} "
         f"trajectories for the methods with noise; a DIP step costs {study.time_ratio()} plain "
         "steps, which plain "
         f"training at equal time gets in epochs.\n\n{text}\n\n"
@@ -461,18 +393,18 @@ def averages_table(studies: list[Study]) -> str:
     """The paper's summary: the average over the three ways of training."""
     heads = ["method"]
     columns = []
-    whole = [study for study in studies if study.complete_trainings() == study.trainings()]
+    whole = [study for study in studies if study.complete_trainings() == study.trainings]
     if not whole:
         return ""
     for study in whole:
-        heads += [f"{study.arch}, clean", f"{study.arch}, all conditions"]
+        heads += [f"{study.name}, clean", f"{study.name}, all conditions"]
         for score in (lambda s: s["clean"]["0"], overall):
             columns.append(
                 {
                     method: [
                         statistics.fmean(
-                            score(study.test(method, None, t)[i]["scores"])
-                            for t in study.trainings()
+                            score(study.test(method, training=t)[i]["scores"])
+                            for t in study.trainings
                         )
                         for i in range(len(study.seeds))
                     ]
@@ -512,7 +444,7 @@ def needs_table(studies: list[Study]) -> str:
     tables = []
     for study in studies:
         try:
-            results = study.needs(None)
+            results = study.needs()
         except NotStored:
             continue
         alphas = sorted({alpha for _, alpha in results})
@@ -525,14 +457,14 @@ def needs_table(studies: list[Study]) -> str:
                 pgd = result["scores"]["PGD"]["0.1"]
                 cells.append(f"{overall(result['scores']):.1f}, PGD {pgd:.0f} (sigma {sigma})")
             rows.append([f"{rate:g}", *cells])
-        head = f"{study.arch}, from sigma {NEEDS_SIGMA[study.arch]:g}: variance_lr"
+        head = f"{study.name}, from sigma {NEEDS_SIGMA[study.name]:g}: variance_lr"
         tables.append(table([head, *(f"alpha {alpha:g}" for alpha in alphas)], rows))
     return "\n\n".join(tables)
 
 
 def ablation_table(study: Study) -> str:
     rows = []
-    for label, results in study.ablations(None):
+    for label, results in study.ablations():
         medians = median_sigmas(results) if "sigma" in results[0] else "-"
         rows.append(scores_row(label, results, [medians, seconds(results)]))
     return table(["change", *HEADS, "mean", "sigma: first layer; others", "CPU s"], rows)
@@ -543,7 +475,7 @@ def k_table(studies: list[Study]) -> str:
     for study in studies:
         if "clean" not in study.complete_trainings():
             continue
-        results = [r["k"] for r in study.test("DIP", None)]
+        results = [r["k"] for r in study.test("DIP")]
         names = [name for name in results[0]["0"] if not name.endswith("time")]
         heads = ["network", "prediction", *names, "time over Algorithm 3"]
         for k in results[0]:
@@ -551,7 +483,7 @@ def k_table(studies: list[Study]) -> str:
             ratio = [r[k]["clean, time"] for r in results]
             rows.append(
                 [
-                    study.arch,
+                    study.name,
                     label,
                     *(cell([r[k][name] for r in results]) for name in names),
                     cell(ratio),
@@ -565,7 +497,7 @@ def smoothness_table(studies: list[Study]) -> str:
     claims, rows = [], []
     for study in studies:
         try:
-            measured = study.smoothness(None)
+            measured = study.smoothness()
         except NotStored:
             continue
         for measure in SMOOTH_HEADS if "DIP" in measured else ():
@@ -578,7 +510,7 @@ def smoothness_table(studies: list[Study]) -> str:
                 for values in dips
             ]
             cells = [cell(values, 2) for values in (plain, *dips)]
-            claims.append([study.arch, measure, "lower", *cells, " / ".join(lower)])
+            claims.append([study.name, measure, "lower", *cells, " / ".join(lower)])
         for method, results in measured.items():
             for k in ("0", str(SMOOTH_K)):
                 if k in results[0]:
@@ -586,7 +518,7 @@ def smoothness_table(studies: list[Study]) -> str:
                     cells = [
                         cell([r[k][measure] for r in results], 2) for measure in results[0]["0"]
                     ]
-                    rows.append([study.arch, method, name, *cells])
+                    rows.append([study.name, method, name, *cells])
     if not rows:
         return ""
     heads = [
@@ -674,15 +606,15 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
     for study in studies:
         study.store.makes = study.smooth_store.makes = False
     for study in studies:
-        write_table(page, f"vision-{study.arch.lower()}", lambda study=study: main_table(study))
+        write_table(page, f"vision-{study.name.lower()}", lambda study=study: main_table(study))
         write_table(
             page,
-            f"vision-ablations-{study.arch.lower()}",
+            f"vision-ablations-{study.name.lower()}",
             lambda study=study: ablation_table(study),
         )
     write_table(page, "vision-averages", lambda: averages_table(studies))
     head = ["network", "method", "setting: mean over the conditions on validation images"]
-    stores = {study.arch: study.store for study in studies}
+    stores = {study.name: study.store for study in studies}
     write_table(page, "vision-search", lambda: search_table(head, stores, mark="**"))
     write_table(page, "vision-k", lambda: k_table(studies))
     write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
@@ -692,7 +624,7 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
         out / "vision.json",
     )
     for study in studies:
-        plots([study.arch], study.complete_trainings(), out)
+        plots([study.name], study.complete_trainings(), out)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -713,7 +645,9 @@ def main(arguments: list[str] | None = None) -> None:
         total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True
     ) as bar:
         for study in studies:
-            run_parts(study, PARTS, args, bar)
+            study.bar = bar
+            run_parts(study, PARTS, args)
+            study.bar = tqdm(disable=True)
     if "report" in args.parts:
         folder = FOLDER if args.page == PAGE else args.out
         report(studies, args.page, folder)

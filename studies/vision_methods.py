@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import results_page
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -191,22 +192,17 @@ def settle_batch_norm(model: nn.Module, x: Tensor, y: Tensor, training: str) -> 
 
 
 def time_ratio(arch: str, m: int, batch: int, rounds: int) -> float:
-    """Processor time of a DIP step with m trajectories over that of a plain step: median over
-    interleaved rounds."""
+    """Processor time of a DIP step with m trajectories over that of a plain step."""
     shared = {"arch": arch, "seed": 0, "lr": 1e-3, "weight_decay": 0.01}
     configs = [
         shared | {"method": "plain", "m": 1},
         shared | {"method": "DIP", "m": m, "sigma": 0.3, "alpha": 0.1},
     ]
-    models = [build(config)[0] for config in configs]
-    optimizers = [make_optimizer(model, config) for model, config in zip(models, configs)]
     x, y = torch.rand(batch, 1, 8, 8), torch.randint(10, (batch,))
-    ratios = []
-    for _ in range(rounds + 3):
-        times = []
-        for model, optimizer, config in zip(models, optimizers, configs):
-            start = time.process_time()
-            step(model, optimizer, x, y, config)
-            times.append(time.process_time() - start)
-        ratios.append(times[1] / times[0])
-    return sorted(ratios[3:])[rounds // 2]
+
+    def stepper(config: dict) -> Callable[[], None]:
+        model, _ = build(config)
+        optimizer = make_optimizer(model, config)
+        return lambda: step(model, optimizer, x, y, config)
+
+    return results_page.time_ratio(*map(stepper, configs), rounds)

@@ -2,7 +2,6 @@
 command runs."""
 
 import itertools
-import json
 import random
 
 import pytest
@@ -14,6 +13,7 @@ pytest.importorskip("sklearn")  # through vision_setup
 pytest.importorskip("matplotlib")
 import arithmetic
 import arithmetic_setup as task
+import results_page
 
 import dipkernels as dip
 
@@ -177,7 +177,7 @@ def test_the_quick_run_writes_tables_figure_and_results(tmp_path):
     for stage in ("scratch", "lora"):
         section = text.split(f"<!-- arithmetic-{stage}:begin -->")[1].split("<!--")[0]
         assert all(f"| {method} |" in section for method in arithmetic.METHODS)
-        runs = json.loads((tmp_path / f"arithmetic_{stage}.json").read_text())["runs"]
+        runs = results_page.Store(tmp_path / f"arithmetic_{stage}").runs
         assert {run["config"]["part"] for run in runs} == {"val", "test"}
         assert (tmp_path / f"arithmetic_{stage}.svg").stat().st_size > 1000
     arithmetic.main([*flags, "--parts", "report"])

@@ -176,28 +176,28 @@ def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
         made.append(1)
         return {"value": len(made)}
 
-    store = results_page.Store(tmp_path / "runs.json")
+    store = results_page.Store(tmp_path / "runs")
     assert store.run({"a": 1, "b": 2}, make)["result"] == {"value": 1}
-    again = results_page.Store(tmp_path / "runs.json")
+    again = results_page.Store(tmp_path / "runs")
     assert again.run({"b": 2, "a": 1}, make)["result"] == {"value": 1}
     assert again.run({"a": 1, "b": 3}, make)["result"] == {"value": 2}
     again.makes = False
     assert again.run({"a": 1, "b": 2}, make)["result"] == {"value": 1}
     with pytest.raises(results_page.NotStored, match='"b": 4'):
         again.run({"b": 4}, make)
-    assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 2
+    assert len(results_page.Store(tmp_path / "runs").runs) == 2
     assert again.runs[0]["environment"]["torch"] == torch.__version__
 
 
 def test_processes_that_share_a_store_lose_nothing(tmp_path):
-    one, two = (results_page.Store(tmp_path / "runs.json") for _ in range(2))
+    one, two = (results_page.Store(tmp_path / "runs") for _ in range(2))
     one.run({"a": 1}, lambda: {"by": "one"})
     two.value("v", lambda: 5)
     two.run({"a": 2}, lambda: {"by": "two"})
     one.run({"a": 3}, lambda: {"by": "one"})
     found = two.run({"a": 1}, lambda: {"by": "two"})["result"]
     assert found == {"by": "one"}  # not made again
-    whole = results_page.Store(tmp_path / "runs.json")
+    whole = results_page.Store(tmp_path / "runs")
     assert [run["config"]["a"] for run in whole.runs] == [1, 2, 3]
     assert whole.values == {"v": 5}
 
@@ -239,7 +239,7 @@ def is_main(setting, values, arch):
 
 
 def test_a_summary_has_mean_and_spread_of_each_setting(tmp_path):
-    store = results_page.Store(tmp_path / "runs.json")
+    store = results_page.Store(tmp_path / "runs")
     for seed in (0, 1):
         for method in ("a", "b"):
             result = {"clean": {"0": 90.0 + seed}, "sigma": {"1": [0.0, seed, 5.0]}}
@@ -279,9 +279,10 @@ def test_the_quick_run_writes_tables_figures_and_results(tmp_path, arch, monkeyp
     assert "Algorithm 3" in text.split("<!-- vision-k:begin -->")[1]
     assert "deterministic" in text.split("<!-- vision-smoothness:begin -->")[1]
     assert (tmp_path / f"vision_{arch.lower()}_clean.svg").stat().st_size > 1000
-    stored = (tmp_path / f"vision_{arch.lower()}.json").read_bytes()
+    stored = results_page.Store(tmp_path / f"vision_{arch.lower()}")
+    runs, values = stored.runs, stored.values
     vision.main([*flags, "--parts", "report"])  # from what is stored: nothing is trained
-    assert (tmp_path / f"vision_{arch.lower()}.json").read_bytes() == stored
+    assert (stored.runs, stored.values) == (runs, values)
     assert (tmp_path / "results.md").read_text() == text
 
 
@@ -291,7 +292,7 @@ def test_a_report_trains_nothing_and_says_what_is_missing(tmp_path):
     for name in ("mlp", "averages", "search", "k", "smoothness", "needs", "ablations-mlp"):
         section = text.split(f"<!-- vision-{name}:begin -->")[1].split("<!--")[0]
         assert section.strip() == results_page.NOT_RUN
-    assert not (tmp_path / "vision_mlp.json").exists()
+    assert not (tmp_path / "vision_mlp").exists()
 
 
 def test_a_report_without_a_search_says_what_to_run(tmp_path):
