@@ -662,3 +662,18 @@ def test_a_layer_with_a_dip_layers_names_of_its_own_stays_plain(name):
     assert torch.equal(model.eval()(x), want)
     assert [row.name for row in dip.summary(model)] == ["1"]
     assert getattr(dip.to_plain(model)[0], name) == value
+
+
+def test_param_groups_know_variances_that_are_kept_outside_of_their_layers():
+    """torchrl's losses keep those of two critics stacked, which no decay may reach."""
+    model, kept = convert(nn.Sequential(nn.Linear(4, 2))), nn.Module()
+    for name, parameter in model.named_parameters():
+        *path, last = name.split(".")
+        owner = kept
+        for part in path:
+            owner = owner._modules.setdefault(part, nn.Module())
+        setattr(owner, last, nn.Parameter(torch.stack([parameter.detach()] * 2)))
+    group = param_groups(kept, lr=0.1, variance_lr=0.5)[-1]
+    assert (group["name"], group["lr"], group["weight_decay"]) == ("variances", 0.5, 0.0)
+    (parameter,) = group["params"]
+    assert parameter is kept.get_parameter("0.variance.log_variance") and parameter.ndim == 2

@@ -58,6 +58,9 @@ def param_groups(
         variance_lr = real("variance_lr", variance_lr, least=0)
     require_module(model)
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
+    # torchrl's losses keep parameters outside of their layers, and stack those of several networks
+    copied = (p for name, p in model.named_parameters() if name.endswith("variance.log_variance"))
+    variances.update(map(id, copied))
     if variance_lr is not None and not variances:
         raise ValueError("variance_lr: given for a model without DIP layers; convert it first")
     if variance_lr is None:
