@@ -546,30 +546,7 @@ def test_the_first_pattern_that_matches_a_layers_name_sets_its_variance():
     assert [row.sigma_mean for row in dip.summary(cross)] == pytest.approx([0.1, 0.2, 0.1, 0.1])
 
 
-# ---- variances of wrapped models -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda m: torch.compile(m, backend="eager"),
-        nn.DataParallel,
-        torch.optim.swa_utils.AveragedModel,
-    ],
-)
-def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
-    plain = dip.convert(nn.Sequential(nn.Linear(8, 8)), 0.25)
-    wrapped = wrap(dip.convert(nn.Sequential(nn.Linear(8, 8))))
-    name = "0.variance.log_variance"
-    assert list(dip.variances(wrapped)) == [name, "0.variance.log_prior", "0.variance.pull"]
-    dip.load_variances(wrapped, dip.variances(plain))
-    assert torch.equal(dip.variances(wrapped)[name], dip.variances(plain)[name])
-    state = wrapped.state_dict()
-    older = {n: t for n, t in state.items() if n.endswith("log_variance")}  # the wrapper's names
-    assert list(older) != [name]
-    dip.load_variances(plain, older)
-    inner = nn.Sequential(torch.compile(dip.convert(nn.Linear(8, 8)), backend="eager"))
-    dip.load_variances(inner, dip.variances(plain))
+# ---- features and where they are ----------------------------------------------------------------
 
 
 def test_noise_before_a_convolution_is_one_for_each_channel_unless_another_dimension_is_given():

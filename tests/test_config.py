@@ -173,13 +173,6 @@ def test_apply_noises_modules_by_name_and_shares():
     assert list(dip_layers(dip.apply(net(), config, [X]))) == ["up", "body.0"]
 
 
-@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
-def test_a_ratio_by_pattern_is_set_in_a_wrapped_model(wrap):
-    ratio = {"*body.0": 0.25, "*": 0.5}
-    plain, wrapped = (dip.apply(m, dip.DIPConfig(ratio=ratio), [X]) for m in (net(), wrap(net())))
-    assert_same_variances(wrapped, plain)
-
-
 def test_parts_with_configs_that_differ_have_no_config_together(tmp_path):
     def parts(*kls):
         made = [dip.DIPConfig(init_variance=0.01, kl=kl) for kl in kls]

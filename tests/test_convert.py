@@ -15,7 +15,6 @@ import dipkernels as dip
 from dipkernels.models.calibrate import calibrate
 from dipkernels.models.convert import DIPConversionWarning, convert, to_plain
 from dipkernels.models.parameters import load_variances, param_groups, variances
-from dipkernels.models.probe import eval_mode
 from dipkernels.models.summary import summary
 from dipkernels.nn.conv import DIPConv2d
 from dipkernels.nn.input import DIPInput
@@ -117,14 +116,6 @@ def test_shared_modules_are_converted_once_and_stay_shared():
     shared = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="none that types, filter and exclude let through"):
         convert(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}), exclude="b.*")
-
-
-def test_tied_weights_stay_tied():
-    model = nn.ModuleDict({"emb": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
-    model["head"].weight = model["emb"].weight
-    convert(model)
-    assert model["head"].weight is model["emb"].weight
-    assert sum(len(g["params"]) for g in param_groups(model, 1e-3)) == 2
 
 
 @pytest.mark.parametrize(
@@ -576,6 +567,8 @@ def test_to_plain_refuses_what_it_cannot_turn_back():
 
 def test_param_groups_hold_every_trainable_parameter_once():
     model = convert(Net())
+    model.tied = nn.Linear(8, 3)
+    model.tied.weight = model.head.weight
     model.conv.weight.requires_grad_(False)
     model.body[0].log_variance.requires_grad_(False)
     groups = param_groups(model, lr=1e-3, weight_decay=0.05)
@@ -639,16 +632,6 @@ def test_weights_decay_as_by_the_optimisers_default_where_nothing_is_given(kind)
 def test_param_groups_names_bad_input(model, options, name):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
         param_groups(model, **options)
-
-
-def test_eval_mode_restores_after_an_error():
-    model = Net()
-    model.body.eval()
-    with pytest.raises(ZeroDivisionError), eval_mode(model):
-        assert not model.training
-        raise ZeroDivisionError
-    assert model.training
-    assert not model.body.training
 
 
 @pytest.mark.parametrize("name", ["activation", "share", "keep", "num_samples", "noisy", "draw"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_support import assert_plain
+from test_producer_plan import OwnNorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,23 +20,6 @@ from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
 KEY = 7
 X = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings("ignore:.*do not reach")
-
-
-class OwnNorm(nn.Module):
-    """RMSNorm, or something like it."""
-
-    def __init__(self, last=lambda module, y: y, slope=lambda scale: scale):
-        super().__init__()
-        self.weight, self.eps, self.last, self.slope = (
-            nn.Parameter(torch.ones(8)),
-            1e-5,
-            last,
-            slope,
-        )
-
-    def forward(self, x):
-        scale = self.slope(torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
-        return self.last(self, self.weight * (x * scale))
 
 
 class Gated(nn.Module):
@@ -52,7 +36,7 @@ MAKERS = [
     *[nn.ReLU, nn.GELU, nn.Tanh, lambda: nn.ReLU(inplace=True), lambda: nn.SiLU(inplace=True)],
     *[lambda: nn.LayerNorm(8), lambda: nn.RMSNorm(8), OwnNorm, nn.Identity, Gated, nn.LeakyReLU],
     lambda: nn.Sequential(nn.LayerNorm(8), Gated()),
-    lambda: OwnNorm(last=lambda module, y: F.dropout(y, 0.3, module.training)),
+    lambda: OwnNorm(out=lambda module, y: F.dropout(y, 0.3, module.training)),
     lambda: OwnNorm(slope=torch.detach),
 ]
 PATHS = [  # from what makes an input to the layer; y is [3, 8, 8], so that each dimension may be it

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_random_networks import Gated
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
@@ -156,16 +157,6 @@ def test_variances_by_the_names_of_a_wrapped_models_state_dict_load_into_the_pla
     dip.load_variances(plain, state)
     assert dip.variances(plain).keys() == dip.variances(wrapped).keys()
     assert plain[1].log_variance[0].exp().item() == pytest.approx(0.25)
-
-
-class Gated(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.act, self.down = nn.SiLU(), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 @pytest.mark.parametrize("part", ["act", "down"])
