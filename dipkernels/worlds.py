@@ -8,6 +8,7 @@ look-ups, which torch.compile traces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,13 @@ _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 def tracing() -> bool:
     """Whether torch.compile or torch.export traces this call."""
     return torch.compiler.is_compiling()
+
+
+def in_no_graph(function: Callable[..., None]) -> Callable[..., None]:
+    """A function that torch.compile calls while it traces: what torch.compiler's
+    assume_constant_result does, whose import takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def exporting() -> bool:

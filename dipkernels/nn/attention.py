@@ -19,7 +19,7 @@ from .input import DIPInput
 from .inputs import undense
 from .layer import BesideWeights, DIPLayer, ddp_waits, fresh
 from .linear import DIPLinear
-from .variance import Variance, device_of_variance
+from .variance import device_of_variance
 
 
 class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
@@ -131,11 +131,6 @@ class DIPMultiheadAttention(BesideWeights, nn.MultiheadAttention):
 
     def _parts(self) -> list[DIPLayer]:
         return [m for m in self._modules.values() if isinstance(m, DIPLayer)]
-
-    def _beside(self) -> dict[str, Variance]:
-        own = self._modules
-        parts: dict[str, Any] = {name: own[name] for name in in_projections(self) if name in own}
-        return {f"{name}.variance": part.variance for name, part in parts.items()}
 
     def forward(
         self,

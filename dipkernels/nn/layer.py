@@ -39,8 +39,7 @@ class BesideWeights(Mixin):
     brings them gives these their values too."""
 
     def _beside(self) -> dict[str, Variance]:
-        """These variances by their names."""
-        raise NotImplementedError
+        return {name: part for name, part in self.named_modules() if isinstance(part, Variance)}
 
     def _is_empty(self) -> bool:
         weights = (p for name, p in self.named_parameters() if not name.endswith("log_variance"))
@@ -209,9 +208,6 @@ class DIPLayer(BesideWeights):
         super()._apply(fn, recurse)
         self._keep_stream()
         return self
-
-    def _beside(self) -> dict[str, Variance]:
-        return {"variance": self.variance} if "variance" in self._modules else {}
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; refuses what torch's tensor-parallel styles do to a layer with a variance

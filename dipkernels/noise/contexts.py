@@ -181,10 +181,13 @@ class noise_off(_State):
         MODE = "off"
 
 
+# torch.compile pauses attention's fast path while it traces, and so traces the layers themselves.
+# If it gives up there, the path stays off until the next sampling_on ends.
 _sampling = 0  # how many sampling_on are entered
 _paused = False  # whether attention's fast path was on before the first, and is off now
 
 
+@worlds.in_no_graph
 def _pause_fast_path() -> None:
     global _paused
     if torch.backends.mha.get_fastpath_enabled():
@@ -192,17 +195,12 @@ def _pause_fast_path() -> None:
         _paused = True
 
 
+@worlds.in_no_graph
 def _resume_fast_path() -> None:
     global _paused
     if _paused:
         torch.backends.mha.set_fastpath_enabled(True)
         _paused = False
-
-
-# torch.compile runs them while it traces, and so traces the layers themselves. One that gives up
-# between them leaves the fast path off until the next sampling_on ends.
-_pause_fast_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_resume_fast_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class sampling_on(_State):

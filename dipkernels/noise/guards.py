@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,14 +13,6 @@ from torch import Tensor
 
 from .. import worlds
 from . import contexts
-
-
-def _in_no_graph(function: Callable[..., None]) -> Callable[..., None]:
-    """A function that torch.compile calls while it traces: what torch.compiler's
-    assume_constant_result does, whose import takes seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
 
 # ---- noise that would be drawn twice: checkpointing, and torch.compile's partitioner -------------
 # Of blocks that a backward pass may compute again, the newest _MAX_DRAWS, in their order.
@@ -73,7 +64,7 @@ def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
     return generator.initial_seed(), generator.get_offset()
 
 
-@_in_no_graph
+@worlds.in_no_graph
 def when_traced(device: str, shared: bool) -> None:
     """Runs where torch.compile traces `draw`."""
     if ranks_to_compare and torch.distributed.is_initialized():
@@ -116,7 +107,7 @@ def _note_key() -> None:
 _compiled = False  # whether torch.compile has traced a layer under a key
 
 
-@_in_no_graph
+@worlds.in_no_graph
 def note_compiled() -> None:
     """Runs where torch.compile traces a draw under fixed_noise."""
     global _compiled
@@ -180,7 +171,7 @@ def generator_digest(device: str | torch.device) -> str:
 _PLAIN = "dipkernels.to_plain(copy.deepcopy(model))"
 
 
-@_in_no_graph
+@worlds.in_no_graph
 def refuse_in_trace() -> None:
     """Raise where noise is drawn while torch.jit.trace or torch.onnx.export records."""
     if torch.onnx.is_in_onnx_export():
