@@ -372,20 +372,6 @@ def test_a_whole_transformer_converts_and_comes_back():
         assert torch.equal(got, want)
 
 
-def test_attention_compiles_whole_and_trains():
-    torch._dynamo.reset()
-    attention = dip.convert(plain_attention(batch_first=True))
-    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
-    x = torch.randn(N, L, E)
-    with fixed_noise(3):
-        got = compiled(x, x, x, need_weights=False)[0]
-        torch.testing.assert_close(
-            got, attention(x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-5
-        )
-        got.sum().backward()
-    assert bool(attention.in_proj.log_variance.grad.any())
-
-
 def test_out_projection_is_linear_by_its_class():
     attention = dip.convert(plain_attention())
     assert isinstance(attention.out_proj, nn.Linear)

@@ -391,17 +391,6 @@ def test_analytic_under_autocast_and_vmap():
     torch.testing.assert_close(rows, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("estimator, samples", [("mean", 3), ("analytic", 1)])
-def test_averaging_compiles_whole(estimator, samples):
-    options = {"activation": "gelu", "estimator": estimator, "num_samples": samples}
-    step = functools.partial(layer, log_variance=True, **options)
-    leaves = clones(*inputs()[:4])
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    outs = [run(*leaves) for run in (step, compiled)]
-    torch.testing.assert_close(*outs)
-    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), leaves) for out in outs))
-
-
 # ---- the layer -----------------------------------------------------------------------------------
 
 

@@ -305,8 +305,9 @@ def output_and_gradients(model, x, parameters):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_of_the_training_forward_draws_afresh_and_trains(strict):
-    model, x = make("layers")
+@pytest.mark.parametrize("name", ["layers", "producers"])
+def test_export_of_the_training_forward_draws_afresh_and_trains(name, strict):
+    model, x = make(name)
     rows = torch.export.Dim("rows", min=2, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},), strict=strict)
     assert sum("dipkernels.noise" in str(node.target) for node in program.graph.nodes) == 3

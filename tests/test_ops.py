@@ -197,6 +197,16 @@ def test_ops_that_read_what_was_made_of_their_own_weights_have_one_gradient(name
     torch.testing.assert_close(torch.autograd.grad(penalty(got), tensors), twice)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ops_compile_whole(name):
+    tensors, run = [t.requires_grad_() for t in leaves(torch.float32)], FUNCTIONS[name]
+    outs = [
+        each(*tensors) for each in (run, torch.compile(run, backend="aot_eager", fullgraph=True))
+    ]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), tensors) for y in outs))
+
+
 def test_ops_meta_tensors_take_shapes_through():
     x, sigma = torch.empty(4, 8, device="meta"), torch.empty(8, device="meta")
     seed = torch.empty(2, dtype=torch.int64, device="meta")
@@ -219,27 +229,6 @@ def test_ops_name_what_is_on_another_device(name):
             expectation(torch.randn(2, 4), tensors["v"], "gelu")
         w, b, s, seed, _ = tensors.values()
         linear(torch.randn(2, 4), w, b, s, seed, Draw(), 2, "gelu", None)
-
-
-@pytest.mark.parametrize("keep", ["auto", "u", "x"])
-def test_ops_compile_without_a_graph_break(keep):
-    weight, bias = torch.randn(8, 20), torch.randn(8)
-
-    def step(x, sigma, seed):
-        return functional.dip_linear(
-            x, weight, bias, sigma, seed, keep=keep, log_variance=True
-        ).relu()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for key in (1, 2):
-        seed = torch.tensor([key, 0])
-        leaves = [torch.randn(6, 20), torch.rand(20)]
-        outs = []
-        for run in (step, compiled):
-            x, sigma = (t.clone().requires_grad_() for t in leaves)
-            y = run(x, sigma, seed)
-            outs.append((y, *torch.autograd.grad(y.square().sum(), (x, sigma))))
-        torch.testing.assert_close(*outs)
 
 
 def test_a_change_of_a_schema_asks_for_another_interface():

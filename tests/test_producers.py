@@ -521,25 +521,6 @@ def test_producer_jvp_matches_finite_differences(kind):
     torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["layer", "silu", "gated silu"])
-def test_producer_compiles_whole_and_exports(kind):
-    run, _, tensors = calls(kind, log_variance=True, dtype=torch.float32)
-    leaves = [t.requires_grad_() for t in tensors]
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*leaves), run(*leaves))
-    got, want = (torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (compiled, run))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-    class Module(torch.nn.Module):
-        def forward(self, *tensors):
-            return run(*tensors)
-
-    exported = torch.export.export(Module(), tuple(tensors)).module()
-    torch.testing.assert_close(
-        torch.autograd.grad(exported(*leaves).sin().sum(), leaves), want, rtol=1e-5, atol=1e-6
-    )
-
-
 def test_producer_under_autocast_rounds_once_to_its_type():
     x, sigma = randn(4, 16, dtype=torch.float32), scale(16)
     with torch.autocast("cpu", torch.bfloat16):
