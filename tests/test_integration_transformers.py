@@ -1147,6 +1147,8 @@ def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_a
     with pytest.raises(ValueError, match="lacks 14 variance"):
         trainer(model, torch.optim.AdamW(model.parameters()))
     model = dip.apply(vit(), dip.DIPConfig(m=1, key=None), [BATCH])
+    with pytest.raises(ValueError, match=r"^config: .* differs in {'kl': \(0\.4, 1\.0\)}"):
+        called(tmp_path, DIPCallback(dip.DIPConfig(m=1, key=None, kl=1.0)), model)
     trainer(model, torch.optim.AdamW(dip.param_groups(model, 1e-3, weight_decay=0.1))).train()
     with pytest.raises(ValueError, match="neither FSDP, DeepSpeed nor fp16"):
         trainer(weight_decay=0.0, fp16=True)

@@ -615,17 +615,18 @@ class DIPCallback(transformers.TrainerCallback):
     def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:
         if config is not None and not isinstance(config, DIPConfig):
             raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
-        self.config, self.batches = config or DIPConfig(m=1, key=None), batches
+        self.config: Any = config  # a DIPConfig once the trainer is made
+        self.batches = batches
         self._checked, self._training = False, contextlib.ExitStack()
-        self._require_possible()
+        if config is not None:
+            _require_possible(config)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         model, optimizer = options["model"], options.get("optimizer")
-        own = config_of(model)
-        if own is not None:
-            self.config = own
-            self._require_possible()
-        if args.fsdp or args.deepspeed or (args.fp16 and self.config.kl > 0):
+        config = config_of_run(model, self.config, "config") or DIPConfig(m=1, key=None)
+        _require_possible(config)
+        self.config = config
+        if args.fsdp or args.deepspeed or (args.fp16 and config.kl > 0):
             raise ValueError(
                 "args: expected neither FSDP, DeepSpeed nor fp16 with a DIPCallback; use DIPMixin"
             )
@@ -636,8 +637,8 @@ class DIPCallback(transformers.TrainerCallback):
                 "batches) and pass optimizers=(torch.optim.AdamW(dip.param_groups(model, "
                 "lr)), None), or use DIPMixin"
             )
-        if own is None:
-            apply(model, self.config, self.batches)
+        if config_of(model) is None:
+            apply(model, config, self.batches)
         if optimizer is not None:
             require_groups(model, optimizer, "or leave it to DIPMixin")
         else:
@@ -666,9 +667,9 @@ class DIPCallback(transformers.TrainerCallback):
         if not self._checked:
             self._checked = True
             warn_of_faults(model)
-        parameters = list(learning_variances(model).values())
-        if self.config.kl > 0 and parameters:
-            gradients = torch.autograd.grad(kl_penalty(model, self.config.kl), parameters)
+        parameters, kl = list(learning_variances(model).values()), self.config.kl
+        if kl > 0 and parameters:
+            gradients = torch.autograd.grad(kl_penalty(model, kl), parameters)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
@@ -681,13 +682,14 @@ class DIPCallback(transformers.TrainerCallback):
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             save(options["model"], folder, write=args.should_save)
 
-    def _require_possible(self) -> None:
-        """Raise ValueError naming all of the config that a callback cannot do."""
-        possible = {"m": 1, "lambda_s": 0, "k": 0, "key": None}
-        wrong = [name for name, value in possible.items() if getattr(self.config, name) != value]
-        if wrong:
-            raise ValueError(
-                f"config: expected {', '.join(f'{n}={possible[n]}' for n in wrong)}, all that a "
-                f"callback can do, got {', '.join(f'{n}={getattr(self.config, n)}' for n in wrong)}"
-                "; use DIPMixin in the trainer's class"
-            )
+
+def _require_possible(config: DIPConfig) -> None:
+    """Raise ValueError naming all of the config that a callback cannot do."""
+    possible = {"m": 1, "lambda_s": 0, "k": 0, "key": None}
+    wrong = [name for name, value in possible.items() if getattr(config, name) != value]
+    if wrong:
+        raise ValueError(
+            f"config: expected {', '.join(f'{n}={possible[n]}' for n in wrong)}, all that a "
+            f"callback can do, got {', '.join(f'{n}={getattr(config, n)}' for n in wrong)}; use "
+            "DIPMixin in the trainer's class"
+        )
