@@ -624,6 +624,11 @@ def parametrised(step):
     return model
 
 
+def test_decay_of_a_parametrised_variance_is_said():
+    model = parametrised(OneWay)
+    assert len(step(torch.optim.AdamW(model.parameters(), lr=1e-3), model)) == 1
+
+
 def test_a_parametrised_variance_is_calibrated_loaded_summed_and_reset_through_it():
     torch.manual_seed(0)
     model, same, batches = parametrised(Clamped), make(), [torch.randn(50, 6)]
