@@ -76,6 +76,23 @@ def test_analytic_prediction_is_each_layers_own_mean(activation):
     assert torch.equal(got, want.detach().softmax(-1))
 
 
+class _Dropout(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x, 0.1, self.training)
+
+
+@pytest.mark.parametrize("call", [F.dropout, torch.dropout])
+def test_analytic_prediction_goes_through_dropout_before_an_activation(call):
+    model, x = one_hidden(nn.GELU(), 16, 3), torch.randn(6, 8)
+    want = dip.predict(model, x, method="analytic")
+    dropped = nn.Sequential(model[0], _Dropout(call), *model[1:])
+    assert torch.equal(dip.predict(dropped, x, method="analytic"), want)
+
+
 class _Beside(nn.Module):
     """An activation of its own, and what else reads the layer's output."""
 
