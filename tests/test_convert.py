@@ -298,61 +298,38 @@ class Drawn(nn.Linear):
         return self.weight
 
 
-class Lora(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.base_layer, self.lora_A = nn.Linear(4, 4), nn.ModuleDict({"default": nn.Linear(4, 2)})
+def of(**parts):
+    """A module of these layers, by their sizes, and other parts."""
+    module = nn.Module()
+    for name, part in parts.items():
+        setattr(module, name, nn.Linear(*part) if isinstance(part, tuple) else part)
+    return module
 
 
-class LoraOfParameters(nn.Module):  # litgpt's
-    def __init__(self):
-        super().__init__()
-        self.linear, self.lora_A = nn.Linear(4, 4), nn.Parameter(torch.zeros(2, 4))
+def in_eight_bits():
+    weight = nn.Module()
+    weight.register_buffer("w8", torch.ones(4, 4, dtype=torch.int8))
+    return weight
 
 
-class LoraOfLayers(nn.Module):  # cloneofsimo's
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.lora_down, self.lora_up = nn.Linear(4, 2), nn.Linear(2, 4)
+ADAPTER = {"lora_A": (4, 2), "lora_B": (2, 4)}
+LORA = {  # layer and adapter in one, as others than PEFT write it
+    "a layer": lambda: of(base_layer=(4, 4), lora_A=nn.ModuleDict({"default": nn.Linear(4, 2)})),
+    "litgpt": lambda: of(linear=(4, 4), lora_A=nn.Parameter(torch.zeros(2, 4))),
+    "cloneofsimo": lambda: of(linear=(4, 4), lora_down=(4, 2), lora_up=(2, 4)),
+    "torchtune": lambda: of(
+        weight=nn.Parameter(torch.zeros(4, 4)), lora_a=nn.Linear(4, 2), lora_b=nn.Linear(2, 4)
+    ),
+    "quantised by hand": lambda: of(linear=in_eight_bits(), lora_A=nn.Parameter(torch.zeros(2, 4))),
+    "parametrised": lambda: of(
+        linear=weight_norm(nn.Linear(4, 4)), lora_A=nn.Parameter(torch.zeros(2, 4))
+    ),
+}
 
 
-class LoraBesideWeight(nn.Module):  # torchtune's
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4, 4))
-        self.lora_a, self.lora_b = nn.Linear(4, 2), nn.Linear(2, 4)
-
-
-class LoraOverBits(LoraOfParameters):  # of a weight that was quantised by hand
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Module()
-        self.linear.register_buffer("w8", torch.ones(4, 4, dtype=torch.int8))
-
-
-class LoraOfParametrised(LoraOfParameters):
-    def __init__(self):
-        super().__init__()
-        weight_norm(self.linear)
-
-
-class BlockWithLora(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.lora_A, self.lora_B = nn.Linear(4, 2), nn.Linear(2, 4)
-
-
-class LoraAlone(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lora_A, self.lora_B = nn.Linear(4, 2), nn.Linear(2, 4)
-
-
-@pytest.mark.parametrize("make", [BlockWithLora, LoraAlone])
-def test_layers_of_a_block_that_has_an_adapter_inside_are_converted(make):
-    model, plain = nn.Sequential(make()), [n for n, _ in make().named_children()]
+@pytest.mark.parametrize("parts", [{"q": (4, 4), "out": (4, 4), **ADAPTER}, ADAPTER])
+def test_layers_of_a_block_that_has_an_adapter_inside_are_converted(parts):
+    model, plain = nn.Sequential(of(**parts)), [*parts]
     with no_warning():
         convert(model)
     assert names(model) == [f"0.{name}" for name in plain]
@@ -403,12 +380,7 @@ def test_a_variance_of_another_size_leaves_attention_and_what_is_before_it_plain
         (lambda: torch.jit.trace(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4)), "scripted"),
         (replaced_forward, "its forward was replaced"),
         (sparse, "sparse"),
-        (Lora, "a LoRA layer"),
-        (LoraOfParameters, "a LoRA layer"),
-        (LoraOfLayers, "a LoRA layer"),
-        (LoraBesideWeight, "a LoRA layer"),
-        (LoraOverBits, "a LoRA layer"),
-        (LoraOfParametrised, "a LoRA layer"),
+        *((make, "a LoRA layer") for make in LORA.values()),
         (quantised_weight, "quantised: its weight is a Int8Tensor"),
         (
             lambda: MyAttention(4, 2),
