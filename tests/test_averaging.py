@@ -1,7 +1,6 @@
 """dip_linear(activation, estimator): S samples behind an activation, their exact mean, and what
 memory they take.  docs/maths.md, sections 4, 7."""
 
-import functools
 import importlib
 import math
 
@@ -10,7 +9,6 @@ import timing
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,19 +240,6 @@ def test_slopes_of_the_largest_numbers_of_16_bits(activation):
     largest = torch.finfo(torch.float16).max
     h, dy = torch.tensor([-largest, largest]).half(), torch.ones(2).half()
     assert BACKWARDS[activation](dy, h).tolist() == [0, activation != "tanh"]
-
-
-@pytest.mark.parametrize("estimator, samples", [("mean", 3), ("analytic", 1)])
-@pytest.mark.parametrize("activation", NAMES)
-def test_averaging_gradcheck_and_gradgradcheck(activation, estimator, samples):
-    leaves = [t.double().requires_grad_() for t in inputs(2, 3, 2)[:4]]
-    for log_variance in (False, True):
-        options = {"activation": activation, "estimator": estimator, "num_samples": samples}
-        run = functools.partial(
-            functional.dip_linear, seed=SEED, log_variance=log_variance, **options
-        )
-        assert gradcheck(run, leaves)
-        assert (log_variance and estimator == "mean") or gradgradcheck(run, leaves)
 
 
 def test_mean_is_the_same_bits_again_and_whatever_the_batch_is_split_into():

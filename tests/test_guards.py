@@ -11,8 +11,6 @@ from program_support import PYTHON, needs, printed, program_at, ran
 from source_support import ROOT
 
 from dipkernels.backends import library
-from dipkernels.ops.draw import Draw
-from dipkernels.ops.perturb import perturb_replay
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
 needs_compiler = needs("g++")
@@ -118,28 +116,3 @@ def test_operations_read_nothing_outside_their_tensors():
     assert printed(PYTHON, "-c", EDGES, "inside") == "inside\n"
     outside = ran(PYTHON, "-c", EDGES, "overrun")
     assert outside.returncode < 0, "the guard page does not guard"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("offset", [1, 3, 5])
-@pytest.mark.parametrize("shape, dim", [((6, 33), -1), ((6, 64), -1), ((2, 9, 20), 1)])
-def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, offset, dtype):
-    """A tensor that starts `offset` elements into its memory has the results of one that is
-    aligned, and both margins keep their bytes."""
-    generator = torch.Generator().manual_seed(offset)
-    x, du = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
-    sigma = torch.rand(shape[dim], generator=generator)
-    where = (dim, 7, 5, 0, 1.0, False)
-    want = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
-
-    def shifted(t):
-        memory = torch.full((t.numel() + 32,), torch.nan, dtype=t.dtype)
-        memory[offset : offset + t.numel()] = t.flatten()
-        return memory, memory[offset : offset + t.numel()].view(t.shape)
-
-    memory_x, x = shifted(x)
-    memory_du, du = shifted(du)
-    before = [t.view(torch.uint8).clone() for t in (memory_x, memory_du)]
-    got = perturb_replay(du, x, shifted(sigma)[1], SEED, Draw(*where), None)
-    assert all(torch.equal(a, b) for a, b in zip(got, want))
-    assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip((memory_x, memory_du), before))

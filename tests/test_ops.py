@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from layout_support import ALL, cases, fake_of, kinds_of
+from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import backends, functional, producers, testing
 from dipkernels.ops import registry
@@ -151,6 +152,7 @@ FUNCTIONS = {
     ),
     "expectation": lambda x, w, b, s: functional.expectation(x @ w + b, s, "tanh"),
     "norm": lambda x, w, b, s: producers.norm(x, w[0], b, s, SEED, kind="layer", eps=1e-3),
+    "rms": lambda x, w, b, s: producers.norm(x @ w, None, b, s, SEED, kind="rms", eps=1e-3),
     "activate": lambda x, w, b, s: producers.activate(x @ w + b, s, SEED, kind="tanh"),
     "gate": lambda x, w, b, s: producers.gate(x, x @ w + b, s, SEED, kind="silu"),
 }
@@ -159,6 +161,12 @@ FUNCTIONS = {
 def leaves(dtype=torch.float64):
     shapes = (5, 4), (4, 4), (4,)
     return [*(torch.randn(shape, dtype=dtype) for shape in shapes), torch.rand(4, dtype=dtype)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ops_gradcheck_and_gradgradcheck(name):
+    tensors = [t.requires_grad_() for t in leaves()]
+    assert gradcheck(FUNCTIONS[name], tensors) and gradgradcheck(FUNCTIONS[name], tensors)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
