@@ -1,6 +1,7 @@
 """Every operation of every namespace: schema, fake and implementation agree (opcheck); errors are
 Python's."""
 
+import functools
 import hashlib
 import itertools
 
@@ -137,19 +138,22 @@ def test_ops_namespaces_have_one_schema():
         assert len(texts) == 1
 
 
+LAYERS = {
+    "keep": {"keep": "x"},
+    "mean": {"activation": "tanh", "estimator": "mean", "num_samples": 2},
+    "analytic": {"activation": "silu", "estimator": "analytic"},
+}
+
+
+def linear_layer(x, w, b, s, how):
+    return functional.dip_linear(x, w, b, s, SEED, **LAYERS[how])
+
+
 # Each function with a backward pass of its own, of x, a matrix, and two vectors.
 FUNCTIONS = {
     "perturb": lambda x, w, b, s: functional.perturb(x @ w + b, s, SEED),
-    "keep": lambda x, w, b, s: functional.dip_linear(x, w, b, s, SEED, keep="x"),
-    "mean": lambda x, w, b, s: functional.dip_linear(
-        x, w, b, s, SEED, num_samples=2, activation="tanh", estimator="mean"
-    ),
-    "analytic": lambda x, w, b, s: functional.dip_linear(
-        x, w, b, s, SEED, activation="tanh", estimator="analytic"
-    ),
-    "without a bias": lambda x, w, b, s: (
-        b * functional.dip_linear(x, w, None, s, SEED, activation="silu", estimator="analytic")
-    ),
+    **{how: functools.partial(linear_layer, how=how) for how in LAYERS},
+    "without a bias": lambda x, w, b, s: b * sum(linear_layer(x, w, None, s, h) for h in LAYERS),
     "expectation": lambda x, w, b, s: functional.expectation(x @ w + b, s, "tanh"),
     "norm": lambda x, w, b, s: producers.norm(x, w[0], b, s, SEED, kind="layer", eps=1e-3),
     "rms": lambda x, w, b, s: producers.norm(x @ w, None, b, s, SEED, kind="rms", eps=1e-3),
