@@ -20,11 +20,8 @@ from dipkernels.ops.activations import ACTIVATIONS
 
 PAGE = (ROOT / "docs" / "api.md").read_text()
 NAMES = re.findall(r"^::: (dipkernels\.[\w.]+)", PAGE, re.MULTILINE)
-NAMES += [
-    f"dipkernels.diagnostics.{name}"
-    for name in ("predictor", "lipschitz", "smoothness", "output_variance")
-]
-NAMES += ["dipkernels.diagnostics.signal_to_noise"]
+DIAGNOSTICS = "predictor", "lipschitz", "smoothness", "output_variance", "signal_to_noise"
+NAMES += [f"dipkernels.diagnostics.{name}" for name in DIAGNOSTICS]
 # Each of these wants processes, another package or a result to be of use: docs/cluster.md and
 # docs/guides/trainers.md have theirs.
 WITHOUT_EXAMPLE = {

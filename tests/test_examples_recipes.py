@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from program_support import PYTHON, printed
+from trainer_support import llama, words
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -151,9 +152,6 @@ def test_bad_flags_are_named(cifar, tmp_path, capsys, flags, message):
 def gsm8k(tmp_path_factory):
     """The data folder and a local checkpoint: a tiny Llama with a tokenizer of words, both made
     here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     root = tmp_path_factory.mktemp("gsm8k")
     lines = [
         {
@@ -164,21 +162,12 @@ def gsm8k(tmp_path_factory):
     ]
     for name, chosen in (("train.jsonl", lines[:8]), ("test.jsonl", lines[8:])):
         (root / name).write_text("".join(json.dumps(line) + "\n" for line in chosen))
-    words = " ".join(f"Question: {line['question']} Answer: {line['answer']}" for line in lines)
-    splitter = pre_tokenizers.Whitespace()
-    found = sorted({word for word, _ in splitter.pre_tokenize_str(words)})
-    numbers = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[END]", *found])}
-    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = splitter
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]", unk_token="[UNK]"
-    )
-    fast.save_pretrained(root / "model")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": len(numbers), "hidden_size": 16, "intermediate_size": 32}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128}
-    config = LlamaConfig(**sizes, **layers, eos_token_id=2, pad_token_id=0, bos_token_id=None)
-    LlamaForCausalLM(config).save_pretrained(root / "model")
+    text = " ".join(f"Question: {line['question']} Answer: {line['answer']}" for line in lines)
+    tokenizer = words(text)
+    tokenizer.save_pretrained(root / "model")
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    model = llama(**sizes, eos_token_id=1, bos_token_id=None)
+    model.save_pretrained(root / "model")
     return root
 
 
@@ -277,7 +266,7 @@ def test_labels_count_the_answer_and_the_end_only(gsm8k):
     assert batch["labels"][counted].equal(batch["input_ids"][counted])
     assert not counted[batch["attention_mask"] == 0].any()
     text = tokenizer.decode(batch["labels"][0][counted[0]])
-    assert text.startswith("She has") and text.endswith("[END]") and "Ann" not in text
+    assert text.startswith("She has") and text.endswith("w1") and "Ann" not in text
     assert recipe_gsm8k.collate([examples[0]], tokenizer, 5)["input_ids"].shape == (1, 5)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainer_support import X, Y, mlp
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
@@ -13,18 +13,12 @@ accelerate = pytest.importorskip("accelerate")
 from dipkernels.integrations.accelerate import keep_config, step_noise  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
 CONFIG = dip.DIPConfig(ratio=0.5)
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
 def trained(batch, accumulate=1, folder=None):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-    model = dip.apply(net(), CONFIG, [X])
+    model = dip.apply(mlp(), CONFIG, [X])
     optimizer = torch.optim.SGD(dip.param_groups(model, 0.1))
     data = DataLoader(TensorDataset(X, Y), batch)
     model, optimizer, data = accelerator.prepare(model, optimizer, data)
@@ -72,16 +66,16 @@ def test_a_saved_state_has_the_config_and_loads_in_another_process(tmp_path):
     )
     accelerator.load_state(tmp_path)
     same(model.state_dict(), want)
-    plain = net()
+    plain = mlp()
     accelerate.load_checkpoint_in_model(plain, str(tmp_path / "model.safetensors"))
     same(dip.load(plain, tmp_path).state_dict(), want)
-    (dip.DIPConfig(ratio=0.5, kl=1.0)).save(tmp_path)
+    dip.DIPConfig(ratio=0.5, kl=1.0).save(tmp_path)
     with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(1.0, 0.4\)}"):
         accelerator.load_state(tmp_path)
 
 
 def test_a_model_without_a_config_is_refused():
-    accelerator, model = accelerate.Accelerator(cpu=True), dip.convert(net())
+    accelerator, model = accelerate.Accelerator(cpu=True), dip.convert(mlp())
     for call in (
         lambda: keep_config(accelerator, model),
         lambda: step_noise(accelerator, model, 0, batch_size=8),
@@ -102,7 +96,5 @@ def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
     first, second = ranks.run(check_train, str(tmp_path))
     same(first, second)
     same(trained(16)[1].state_dict(), first, rtol=1e-4, atol=1e-6)
-    same(
-        dip.load(dip.apply(net(), CONFIG, [X]), tmp_path).state_dict(),
-        first | {name: value for name, value in net().state_dict().items()},
-    )
+    loaded = dip.load(dip.apply(mlp(), CONFIG, [X]), tmp_path)
+    same(loaded.state_dict(), first | mlp().state_dict())

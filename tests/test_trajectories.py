@@ -175,12 +175,9 @@ def test_bad_input_is_named(args, kwargs, message):
 
 
 def test_a_loss_in_the_output_is_explained():
-    model = mlp()
+    model, loss = mlp(), r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty"
     for run, message in (
-        (
-            lambda x: {"loss": model(x).mean()},
-            r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty",
-        ),
+        (lambda x: {"loss": model(x).mean()}, loss),
         (lambda x: model(x).t(), r"output: .*B \* m = 10, got shape \(3, 10\): .*leaves it out"),
         (lambda x: model(x).sum(0, True), r"output: .*shape \(1, 3\): .*pools rows .*torch.stack"),
     ):
@@ -339,18 +336,10 @@ def test_predict_refuses_to_stack_an_object_of_which_it_would_give_the_first(k):
 @pytest.mark.parametrize("average", ["probs", "sigmoid", "logits"])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_predict_averages_the_logits_of_an_object_of_any_class(average, chunk):
-    class Held(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return types.SimpleNamespace(logits=self.inner(x))
-
-    inner, x = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(5, 4)
-    with dip.fixed_noise(3):
-        want = dip.predict(inner, x, k=4, chunk=chunk, average=average)
-        got = dip.predict(Held(inner), x, k=4, chunk=chunk, average=average)
+    inner = mlp()
+    model = Wrapped(inner, lambda y: types.SimpleNamespace(logits=y))
+    with fixed_noise(3):
+        want, got = (predict(m, X, k=4, chunk=chunk, average=average) for m in (inner, model))
     assert torch.equal(got, want)
 
 

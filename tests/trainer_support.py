@@ -39,14 +39,20 @@ def texts(count=16):
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def words():
-    """A tokenizer of the words w0, w1, ..., each of which is its number."""
+WORDS = " ".join(f"w{i}" for i in range(3, 32))
+
+
+def words(text=WORDS):
+    """A tokenizer of the words of a text, behind those for padding, the end and what is unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    split = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
-    split.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0", eos_token="w1")
+    splitter, names = pre_tokenizers.Whitespace(), dict.fromkeys(("w0", "w1", "w2"))
+    names |= dict.fromkeys(word for word, _ in splitter.pre_tokenize_str(text))
+    split = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="w2"))
+    split.pre_tokenizer = splitter
+    special = {"pad_token": "w0", "eos_token": "w1", "unk_token": "w2"}
+    return PreTrainedTokenizerFast(tokenizer_object=split, **special)
 
 
 def same(a, b, **tolerance):
