@@ -21,7 +21,6 @@ from typing import Any
 import arithmetic
 import arithmetic_setup as task
 import parts
-import plots
 import torch
 from tables import by_case, compared, markdown
 from torch import nn
@@ -109,7 +108,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ]
     rows = summarise(parts.run(part, keys, args.out, args.workers))
     text = table(rows)
-    plots.draw(text, args.out)
     parts.write(args, rows, text, "Paired")
     return rows
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import parts
-import plots
 import torch
 import torch.nn.functional as F
 from tables import by_case, cell, compared, markdown
@@ -163,7 +162,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         task: study(task, args.out, args.seeds, args.quick, args.workers) for task in args.tasks
     }
     text = table(results)
-    plots.draw(text, args.out)
     parts.write(args, results, text, "In brackets: minus plain, paired")
     return results
 

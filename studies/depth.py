@@ -15,7 +15,6 @@ import functools
 from typing import Any
 
 import parts
-import plots
 from defaults import summarise, table
 from tasks import TASKS, ViT, mlp
 from training import keys, scored
@@ -45,7 +44,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = keys(cases, args.seeds, METHODS, {"AdamW": {"epochs": 2} if args.quick else {}})
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = table(rows, list(METHODS))
-    plots.draw(text, args.out)
     parts.write(args, rows, text, "Differences to plain, paired")
     return rows
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import parts
-import plots
 import torch
 import torch.nn.functional as F
 from features import chosen, named, tested
@@ -178,7 +177,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     found = [study(case, args.out, args.workers, args.seeds) for case in cases]
     rows = summarise([result for results in found for result in results])
     text = table(rows)
-    plots.draw(text, args.out)
     parts.write(args, rows, text, "In brackets: minus plain, paired")
     return rows
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import parts
-import plots
 import torch.nn.functional as F
 from defaults import SCORES, summarise
 from tables import markdown
@@ -328,9 +327,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = [{"strengths": STRENGTHS[key["task"]], **key} for key in asked]
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows, methods, args.trainings)
-    plots.draw(text, args.out, SCORES)
     said = "clean / pgd / noise: plain's scores, others minus plain, paired"
-    parts.write(args, rows, text, said)
+    parts.write(args, rows, text, said, names=SCORES)
     return rows
 
 

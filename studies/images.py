@@ -30,7 +30,6 @@ from typing import Any
 
 import augmix
 import parts
-import plots
 import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
@@ -375,7 +374,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     found = [study(case, args.methods, args.seeds, args.out, args.workers) for case in asked]
     rows = summarise([result for results in found for result in results])
     text = report(rows)
-    plots.draw(text, args.out)
     parts.write(args, rows, text, "Paired")
     return rows
 

@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import plots
+from tables import report
 from tqdm import tqdm
 
 from dipkernels.models.calibrate import DEEP
@@ -65,11 +67,7 @@ def run(
     return [json.loads(file.read_text()) for file in files]
 
 
-def count(text: str) -> int:
-    """A flag's number of seeds or processes."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+count = report.at_least(1)  # a flag's number of seeds or processes
 
 
 def command_line(doc: str, name: str, seeds: int, quick: str) -> argparse.ArgumentParser:
@@ -82,14 +80,25 @@ def command_line(doc: str, name: str, seeds: int, quick: str) -> argparse.Argume
     return parser
 
 
-def write(args: argparse.Namespace, summary: Any, table: str, said: str) -> None:
-    """Write a study's result into its folder, as summary.json and table.md, and print the table.
+def write(
+    args: argparse.Namespace,
+    summary: Any,
+    table: str,
+    said: str,
+    *,
+    spread: str = "95 %; ?: undecided",
+    names: tuple[str, ...] = ("",),
+) -> None:
+    """Write a study's result into its folder, as summary.json, table.md and its tables drawn, and
+    print the table.
 
-    said: how its differences read, before the number of seeds that they are paired over.
+    said: how its differences read, before the number of seeds that they are paired over. names: of
+    the numbers of a cell that has several.
     """
+    plots.draw(table, args.out, names)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (args.out / "table.md").write_text(table + "\n")
-    over = f"over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}"
+    over = f"over {args.seeds} seed(s), {spread}. Wrote {args.out}"
     print(f"{table}\n\n{said} {over}")
 
 

@@ -1,8 +1,7 @@
 """Where to average: over trajectories, inside each layer, or in closed form? On handwritten digits.
 
     python studies/where_to_average.py
-        # three seeds; writes its results, table and plot into out/where_to_average; stopped, it
-        # goes on where it was
+        # writes out/where_to_average/{summary.json,table.md,table*.svg}
     python studies/where_to_average.py --quick  one seed, a few epochs: does it run?
 
 An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma =
@@ -22,10 +21,7 @@ attacks the plain forward pass.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import platform
 import statistics
 import sys
 import time
@@ -36,12 +32,13 @@ import parts
 import results_page
 import torch
 import torch.nn.functional as F
+from tables import report
 from torch import Tensor, nn
 
 import dipkernels as dip
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from digits import BATCH, load, mean_std, pgd
+from digits import BATCH, load, pgd
 
 S = 4
 NUM_TEST = 400
@@ -192,33 +189,7 @@ def table(runs: list[dict], network: str, budget: str) -> str:
         epochs, seconds = (statistics.fmean(r[name] for r in own) for name in ("epochs", "seconds"))
         cells = (results_page.cell([r["accuracy"][c] for r in own]) for c in COLUMNS)
         rows.append([method, f"{epochs:.0f}", f"{seconds:.1f}", *cells])
-    return results_page.table([f"{network}, {budget}", "epochs", "seconds", *COLUMNS], rows)
-
-
-def plot(runs: list[dict], networks: list[str], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(networks), figsize=(5.5 * len(networks), 4), layout="constrained", squeeze=False
-    )
-    for axis, network in zip(axes[0], networks, strict=True):
-        for i, method in enumerate(METHODS):
-            own = of(runs, network, "equal time", method)
-            means, stds = zip(
-                *(mean_std([r["accuracy"][c] for r in own]) for c in COLUMNS), strict=True
-            )
-            at = [j + 0.15 * (i - 2) for j in range(len(COLUMNS))]
-            axis.errorbar(at, means, yerr=stds, fmt="o", capsize=2, label=method)
-        axis.set_xticks(range(len(COLUMNS)), [c.replace(", ", "\n") for c in COLUMNS], fontsize=7)
-        axis.set_title(f"{network}, equal time")
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("test accuracy, %")
-    axes[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return report.table([f"{network}, {budget}", "epochs", "seconds", *COLUMNS], rows)
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
@@ -239,56 +210,33 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     return {"runs": runs}
 
 
-def report(runs: list[dict], out: Path) -> str:
-    """Write results.json, table.md and averaging.png; returns the tables."""
-    networks = [n for n in NETWORKS if any(r["network"] == n for r in runs)]
-    tables = "\n\n".join(
-        table(runs, n, budget) for n in networks for budget in ("equal steps", "equal time")
-    )
-    what = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": 1,
-        "date": time.strftime("%Y-%m-%d"),
-        "S": S,
-        "runs": runs,
-    }
-    (out / "results.json").write_text(json.dumps(what, indent=1) + "\n")
-    (out / "table.md").write_text(tables + "\n")
-    plot(runs, networks, out / "averaging.png")
-    return tables
-
-
-def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
-    parser.add_argument(
-        "--epochs", type=float, default=1.0, help="factor on the number of epochs (1)"
-    )
-    parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="MLP, ViT or both"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/where_to_average"), help="folder for what it writes"
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = parts.command_line(__doc__, "where_to_average", 3, "one seed, a few epochs")
+    parser.set_defaults(out=Path("out/where_to_average"))
+    factor = report.at_least(0.01)
+    parser.add_argument("--epochs", type=factor, default=1.0, help="factor on their number (1)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     args = parser.parse_args(arguments)
-    seeds, factor, pgd_steps = (1, 0.02, 3) if args.quick else (args.seeds, args.epochs, 20)
-    if seeds < 1 or factor <= 0:
-        parser.error("--seeds, --epochs: expected at least 1 and more than 0")
+    if args.quick:
+        args.seeds, args.epochs = 1, 0.02
     torch.set_num_threads(1)  # processor time is then the time of the work
     keys = [
-        {"network": network, "seed": seed, "epochs": factor, "pgd_steps": pgd_steps}
-        for network, seed in itertools.product(args.networks, range(seeds))
+        {
+            "network": network,
+            "seed": seed,
+            "epochs": args.epochs,
+            "pgd_steps": 3 if args.quick else 20,
+        }
+        for network, seed in itertools.product(args.networks, range(args.seeds))
     ]
-    runs = [run for found in parts.run(part, keys, args.out) for run in found["runs"]]
-    tables = report(runs, args.out)
-    print(
-        f"\nTest accuracy, %; mean ± standard deviation over {seeds} seed(s); seconds of one "
-        f"processor\n\n{tables}"
+    results = parts.run(part, keys, args.out, args.workers)
+    runs = [run for found in results for run in found["runs"]]
+    text = "\n\n".join(
+        table(runs, network, budget)
+        for network, budget in itertools.product(args.networks, ("equal steps", "equal time"))
     )
-    files = ("results.json", "table.md", "averaging.png")
-    print(f"\nwrote {', '.join(str(args.out / name) for name in files)}")
+    said = "Test accuracy, %, and seconds of one core"
+    parts.write(args, runs, text, said, spread="mean ± standard deviation")
     return runs
 
 

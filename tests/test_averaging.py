@@ -1,7 +1,6 @@
 """dip_linear(activation, estimator): S samples behind an activation, their exact mean, and what
 memory they take.  docs/maths.md, sections 4, 7."""
 
-import importlib
 import math
 
 import pytest
@@ -441,13 +440,3 @@ def test_averaging_names_what_is_wrong(change, match):
 def test_to_plain_refuses_a_layer_with_an_activation_inside():
     with pytest.raises(ValueError, match=r"got \['0'\] with an activation inside"):
         dip.to_plain(nn.Sequential(dip.DIPLinear(4, 4, activation="relu")))
-
-
-@pytest.mark.slow
-def test_the_experiment_runs_and_writes_its_table_plot_and_results(tmp_path, capsys):
-    pytest.importorskip("sklearn")
-    study = importlib.import_module("where_to_average")
-    runs = study.main(["--quick", "--out", str(tmp_path)])
-    assert len(runs) == 2 * 2 * len(study.METHODS) and "| analytic |" in capsys.readouterr().out
-    assert (tmp_path / "averaging.png").read_bytes().startswith(b"\x89PNG")
-    assert {"results.json", "table.md"} <= {path.name for path in tmp_path.iterdir()}
