@@ -631,11 +631,13 @@ def test_a_class_keeps_its_own_private_methods():
         lambda x: x.double(),
         lambda x: x.to(torch.bfloat16).float(),
         lambda x: x.clone().view(-1, 8),
+        lambda x: x[:, 1:],
+        lambda x: x[:, 0].double().float(),
         lambda x: x.transpose(0, 1).contiguous(),
         lambda x: x.reshape(-1, 8).clone().double().contiguous(),
     ],
 )
-def test_a_copy_or_a_cast_hides_no_noise_that_would_come_twice(read, device):
+def test_a_part_a_copy_or_a_cast_hides_no_noise_that_would_come_twice(read, device):
     class Reads(nn.Module):
         def __init__(self):
             super().__init__()

@@ -277,8 +277,8 @@ def probed(
     layers: Iterable[nn.Module],
 ) -> tuple[dict[nn.Module, int], dict[nn.Module, torch.device], list[nn.Module]]:
     """The number of features of each module's input and where it lies, from one pass in eval mode
-    without noise; and of the modules and layers those that read such an input, or a copy or cast of
-    it, inside another module.
+    without noise; and of the modules and layers those that read such an input or a part of it, or a
+    copy or cast, inside another module.
 
     modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
     not reach, an input that is no floating tensor, has no such dimension, or has other features in
@@ -300,7 +300,7 @@ def probed(
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = input_of(module, args, kwargs)
         whole = (m for m in given if m is not module and module in parts[m])
-        if any(_same(x, t) for m in whole for t in given[m]):
+        if any(_part_of(x, t) for m in whole for t in given[m]):
             again[module] = None
         if module in modules:
             name, dim = modules[module]
@@ -322,7 +322,7 @@ COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 
 
 class _Copies(TorchDispatchMode):
-    """Adds to each list of tensors the copies and casts of all of one."""
+    """Adds to each list of tensors the copies and casts of one, or of a part of it."""
 
     supports_higher_order_operators = True
 
@@ -334,16 +334,14 @@ class _Copies(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "").partition(".")[0] in COPIES:
             for tensors in self._given.values():
-                if any(_same(args[0], t) for t in tensors):
+                if any(_part_of(args[0], t) for t in tensors):
                     tensors.append(out)
         return out
 
 
-def _same(x: object, y: Tensor) -> bool:
-    """Whether x is y, or a view of all of it."""
-    if not isinstance(x, Tensor) or storage_of(x) is None or storage_of(x) != storage_of(y):
-        return False
-    return x.storage_offset() == y.storage_offset() and x.numel() == y.numel()
+def _part_of(x: object, y: Tensor) -> bool:
+    """Whether x is y, or a view of some of it."""
+    return storage_of(x) is not None and storage_of(x) == storage_of(y)
 
 
 def _features(name: str, dim: int, x: object, before: int | None) -> int:
