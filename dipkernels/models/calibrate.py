@@ -20,7 +20,7 @@ from ..ops import dtensor
 from .parameters import check_settable, set_named
 from .patterns import require_alike, value_of_each
 from .probe import around, each_batch, input_of, leaves
-from .spreads import FEW, Examples, measured_spreads
+from .spreads import Examples, measured_spreads
 from .summary import Summary, summary
 
 # DIP layers beyond which the sum of their pulls does not grow: studies/depth.py
@@ -100,12 +100,6 @@ def _ratio_of_each(
         of_variance.setdefault(layer.variance, []).append(name)
     require_alike("ratio", ratios, of_variance.values())
     return ratios
-
-
-def _made_up_for(first: Examples) -> float:
-    """How far an example's other values make up for the noise in one, from 0 to 1: by the input of
-    the network's first layer; from studies/defaults.py and held_back.py."""
-    return min(1.0, first.values / FEW * first.values / first.independent)
 
 
 @torch.no_grad()
@@ -195,7 +189,7 @@ def calibrate(
     first = Examples()
     with _looked_up(model) as looked_up:
         spreads = measured_spreads(model, noted(looked_up), first)
-    share = _made_up_for(first)
+    share = first.share()
     if start is None:  # a first input without features tells nothing
         start = math.sqrt(share or 1.0) if ratio is None else 1.0
     default = TOKENS_RATIO if tokens else RATIO

@@ -4,7 +4,6 @@ alike they are, measured on batches."""
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -95,29 +94,25 @@ class Examples:
         self._count += len(rows)
         self._total += rows.numel()
 
-    @property
-    def values(self) -> float:
-        """Of an example, on average."""
-        return self._total / self._count
+    def share(self) -> float:
+        """How far an example's other values make up for the noise in one, from 0 to 1; from
+        studies/defaults.py and held_back.py.
 
-    @property
-    def independent(self) -> float:
-        """How many of them, from 1 on: the participation ratio (tr C)^2 / tr C^2 of their
-        covariance C; all, where the examples are of several sizes or too few.
-
-        Unbiased estimates of both (for normal values) stand for them, because few examples are
-        alike by chance.
+        How many are independent is the participation ratio (tr C)^2 / tr C^2 of their covariance C,
+        by unbiased estimates of both (for normal values), because few examples are alike by chance.
+        All are, where the examples are of several sizes or too few.
         """
+        values = independent = self._total / self._count
         (moments, *others) = self._sizes.values()
         n = moments.count - 1
-        if others or n < 2 or not isinstance(moments.scatter, Tensor):
-            return max(1.0, self.values)
-        covariance = moments.scatter / n
-        trace, square = covariance.trace().item() ** 2, covariance.square().sum().item()
-        square = (square - trace / n) * n * n / ((n - 1) * (n + 2))
-        trace = trace - 2 / n * square
-        found = trace / square if min(trace, square) > 0 else math.inf
-        return max(1.0, min(self.values, found))
+        if not others and n >= 2 and isinstance(moments.scatter, Tensor):
+            covariance = moments.scatter / n
+            trace, square = covariance.trace().item() ** 2, covariance.square().sum().item()
+            square = (square - trace / n) * n * n / ((n - 1) * (n + 2))
+            trace = trace - 2 / n * square
+            if min(trace, square) > 0:
+                independent = min(values, trace / square)
+        return min(1.0, values / FEW * values / max(1.0, independent))
 
 
 @contextlib.contextmanager
