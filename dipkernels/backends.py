@@ -504,14 +504,11 @@ def is_wide(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
     return m * n * k > FUSED_WORK and (dtype is torch.float32 or n > FUSED_MEAN_COLUMNS)
 
 
-def choose(
-    op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()
-) -> Plan:
+def choose(op: str, device: str, wide: bool = False) -> Plan:
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
-    dtype, shape: of the weight, and (M, N, K), if they are known and matter: for linear and
-    linear_bwd on a GPU. Raises RuntimeError if a forced backend cannot run there, and ValueError if
-    an environment variable has a value that is not allowed.
+    wide: Whether its sizes are, by `is_wide`. Raises RuntimeError if a forced backend cannot run
+    there, and ValueError if an environment variable has a value that is not allowed.
     """
     if bad_variables:
         raise ValueError("; ".join(bad_variables.values()))
@@ -533,10 +530,8 @@ def choose(
     on_gpu = device == "cuda"
     if on_gpu and torch.version.hip:
         return Plan("reference", _FOR_AMD)
-    wide = dtype and shape and op in ("linear", "linear_bwd") and is_wide(dtype, *shape)
-    if wide and on_gpu and runs_on("cuda", device):
-        why = f"{dtype}, N = {shape[1]}: the vendor's products, sample by sample"
-        return Plan("cuda", why)
+    if wide and on_gpu and op in ("linear", "linear_bwd") and runs_on("cuda", device):
+        return Plan("cuda", "wide: the vendor's products, sample by sample")
     triton = on_gpu and op not in triton_problems and runs_on("triton", device)
     if triton and op.startswith(_FUSED_BY_TRITON):
         return Plan("triton", "only Triton fuses its passes")

@@ -477,16 +477,19 @@ def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
     monkeypatch.setattr(backends, "runs_on", lambda name, device: True)
     wide, narrow, small = (4096, 1024, 1024), (4096, 512, 1024), (8, 4096, 1024)
     for op in ("linear", "linear_bwd"):
-        how = {
-            shape: choose(op, "cuda", torch.bfloat16, shape).backend
-            for shape in (wide, narrow, small)
-        }
-        assert how == {wide: "cuda", narrow: "triton", small: "triton"}
-        assert choose(op, "cuda", torch.float32, narrow).backend == "cuda"
-        assert choose(op, "cuda").backend == "triton"
+        for dtype, shape, runs in (
+            (torch.bfloat16, wide, "cuda"),
+            (torch.bfloat16, narrow, "triton"),
+            (torch.bfloat16, small, "triton"),
+            (torch.float32, narrow, "cuda"),
+        ):
+            assert choose(op, "cuda", backends.is_wide(dtype, *shape)).backend == runs
+    registry.choose_all()
+    assert registry.kernel("linear", registry.WIDE) is torch.ops.dipkernels.linear.default
+    assert registry.kernel("linear", "cuda") is torch.ops.dipkernels_triton.linear.default
     # no library: Triton's at any width
     monkeypatch.setattr(backends, "runs_on", lambda name, device: name != "cuda")
-    assert choose("linear", "cuda", torch.bfloat16, wide).backend == "triton"
+    assert choose("linear", "cuda", wide=True).backend == "triton"
 
 
 def test_a_traced_mean_finds_its_kernel_by_looking_it_up(monkeypatch):

@@ -285,7 +285,7 @@ def test_gpus_of_amd_get_the_reference_and_are_told_so(old_gpu):
     with pytest.warns(RuntimeWarning, match="reference runs on CUDA tensors: .*AMD.*ROCm"):
         backends.check_cuda()
     for op in ("perturb", "linear", "norm"):
-        plan = backends.choose(op, "cuda", torch.float32, (2**12, 2**12, 2**12))
+        plan = backends.choose(op, "cuda", wide=True)
         assert plan.backend == "reference" and "ROCm" in plan.why
     assert not backends.can_fuse("cuda")
     for name in ("cuda", "triton"):

@@ -111,10 +111,10 @@ def choose_all() -> None:
     """Fill the table anew."""
     for op in SCHEMAS:
         for device in ("cpu", "cuda", "meta", WIDE, OTHER):
-            wide = ("cuda", torch.float32, (2**12, 2**12, 2**12))
-            where = wide if device == WIDE else (device,)
+            wide = device == WIDE
             try:
-                _chosen[op, device] = _overload(op, backends.choose(op, *where))
+                plan = backends.choose(op, "cuda" if wide else device, wide)
+                _chosen[op, device] = _overload(op, plan)
             except (RuntimeError, ValueError) as error:
                 _chosen[op, device] = _refusal(error)
     _fusers.clear()
