@@ -22,10 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from recipe_training import (
+    AMOUNT,
     Trainer,
     Worker,
     apply_method,
     check_arguments,
+    checked,
     make_parser,
     refusing,
     workers,
@@ -195,11 +197,8 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, worker: Wor
     model.to(worker.device)
 
     def batch_of(indices: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = (
-            images[indices].to(worker.device).float() / 255,
-            labels[indices].to(worker.device),
-        )
-        x = augmented(x)
+        x, y = (t[indices].to(worker.device) for t in (images, labels))
+        x = augmented(x.float() / 255)
         if args.training == "Gaussian":
             x = x + args.noise * torch.randn_like(x)
         elif args.training == "FGSM":
@@ -219,35 +218,22 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, worker: Wor
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__, DATA)
-    parser.add_argument(
-        "--size", choices=SIZES, default="tiny", help="ViT-Tiny, Small or Base, from random weights"
-    )
-    parser.add_argument(
-        "--pretrained", type=Path, help="local folder of a transformers ViT checkpoint, instead"
-    )
-    parser.add_argument(
-        "--image-size", type=int, default=224, help="what 32 x 32 pixels are enlarged to (224)"
-    )
-    parser.add_argument("--patch-size", type=int, default=16, help="pixels of a patch's side (16)")
-    parser.add_argument("--blocks", type=int, help="number of blocks, if not the size's own 12")
-    parser.add_argument(
-        "--training",
-        choices=("clean", "Gaussian", "FGSM"),
-        default="clean",
-        help="on the images as they are, with --noise, or attacked by --eps (clean)",
-    )
-    parser.add_argument(
-        "--noise", type=float, default=0.5, help="sigma of the Gaussian perturbation (0.5)"
-    )
-    parser.add_argument("--eps", type=float, default=8 / 255, help="strength of FGSM (8/255)")
-    parser.add_argument(
-        "--k", type=int, default=0, help="also test the mean of k noisy passes (0: do not)"
-    )
+    add, kinds = parser.add_argument, ("clean", "Gaussian", "FGSM")
+    size = checked(int, "1 to 4096", lambda n: 1 <= n <= 4096)
+    passes = checked(int, "at least 0", lambda n: n >= 0)
+    how = "on the images as they are, with --noise, or attacked by --eps (clean)"
+    folder = "local folder of a transformers ViT checkpoint, instead"
+    add("--size", choices=SIZES, default="tiny", help="ViT-Tiny, Small or Base, random weights")
+    add("--pretrained", type=Path, help=folder)
+    add("--image-size", type=size, default=224, help="what 32 x 32 pixels are enlarged to (224)")
+    add("--patch-size", type=size, default=16, help="pixels of a patch's side (16)")
+    add("--blocks", type=size, help="number of blocks, if not the size's own 12")
+    add("--training", choices=kinds, default="clean", help=how)
+    add("--noise", type=AMOUNT, default=0.5, help="sigma of the Gaussian perturbation (0.5)")
+    add("--eps", type=AMOUNT, default=8 / 255, help="strength of FGSM (8/255)")
+    add("--k", type=passes, default=0, help="also test the mean of k noisy passes (0: do not)")
     args = parser.parse_args(arguments)
-    check_arguments(parser, args, numbers=("noise", "eps", "k"))
-    for name in ("image_size", "patch_size", "blocks"):
-        if (value := getattr(args, name)) is not None and not 1 <= value <= 4096:
-            parser.error(f"--{name.replace('_', '-')}: expected 1 to 4096, got {value}")
+    check_arguments(parser, args)
     if args.image_size % args.patch_size:
         parser.error(
             f"--patch-size: expected a divisor of --image-size {args.image_size}, got "

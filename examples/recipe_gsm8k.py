@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from recipe_training import (
+    COUNT,
     PRECISIONS,
     Trainer,
     Worker,
@@ -221,27 +222,16 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, worker: Wor
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "folder with train.jsonl and test.jsonl of GSM8K, as published")
-    parser.add_argument(
-        "--model", type=Path, required=True, help="local folder of a transformers checkpoint"
-    )
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapters (16)")
-    parser.add_argument(
-        "--lora-alpha", type=int, default=32, help="scale of the adapters times the rank (32)"
-    )
-    parser.add_argument(
-        "--targets", nargs="+", default=["all-linear"], help="layers with adapters (all-linear)"
-    )
-    parser.add_argument(
-        "--length", type=int, default=1024, help="tokens of an example, the rest cut off (1024)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=400, help="tokens of a generated answer (400)"
-    )
-    parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute blocks in backward"
-    )
+    add, again = parser.add_argument, "recompute blocks in backward"
+    add("--model", type=Path, required=True, help="local folder of a transformers checkpoint")
+    add("--rank", type=COUNT, default=16, help="of the LoRA adapters (16)")
+    add("--lora-alpha", type=COUNT, default=32, help="scale of the adapters times the rank (32)")
+    add("--targets", nargs="+", default=["all-linear"], help="layers with adapters (all-linear)")
+    add("--length", type=COUNT, default=1024, help="tokens of an example, the rest cut off (1024)")
+    add("--new-tokens", type=COUNT, default=400, help="tokens of a generated answer (400)")
+    add("--gradient-checkpointing", action="store_true", help=again)
     args = parser.parse_args(arguments)
-    check_arguments(parser, args, counts=("rank", "lora_alpha", "length", "new_tokens"))
+    check_arguments(parser, args)
     if not args.model.is_dir():
         parser.error(f"--model: expected a local folder, got {args.model}")
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,77 +22,68 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 import dipkernels as dip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = ("plain", "input", "fixed", "dip")
-RATES = ("lr", "variance_lr", "weight_decay", "clip", "warmup")
-STRENGTHS = ("init_sigma", "calibrate", "kl", "lambda_s")
 MAX_SEED = 2**27  # a step's own seed is this times 2^36: see Trainer.run
+
+
+def checked(kind: type, wanted: str, allowed: Callable) -> Callable[[str], float]:
+    """The type of a flag: a number of this kind for which allowed(number)."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {value}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
+
+
+COUNT = checked(int, "at least 1", lambda n: n >= 1)
+AMOUNT = checked(float, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+SHARE = checked(float, "a share of the steps, 0 to 1", lambda x: 0 <= x <= 1)
+RATIO = checked(float, "0 to 1e15", lambda x: 0 <= x <= 1e15)
+SEED = checked(int, f"0 to {MAX_SEED - 1}", lambda n: 0 <= n < MAX_SEED)
 
 
 def make_parser(doc: str, data: str) -> argparse.ArgumentParser:
     """A parser that shows the recipe's docstring and has the flags of every recipe; data: which
     files --data wants."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    add, kinds = parser.add_argument, "plain; noise at the input only; fixed variance; dip (dip)"
+    kept = "folder for last.pt, metrics.jsonl and results.json"
     add("--data", type=Path, required=True, help=data)
-    add(
-        "--out", type=Path, required=True, help="folder for last.pt, metrics.jsonl and results.json"
-    )
+    add("--out", type=Path, required=True, help=kept)
     add("--resume", action="store_true", help="go on from OUT/last.pt")
+    add("--method", choices=METHODS, default="dip", help=kinds)
+    add("--init-sigma", type=AMOUNT, default=0.1, help="sigma that every variance starts at (0.1)")
+    add("--calibrate", type=RATIO, help="instead: sigma over each layer's input spread, in a batch")
+    add("--m", type=COUNT, default=1, help="trajectories per example (1)")
+    add("--kl", type=AMOUNT, help="weight of the pull of the variances to where they start (0.4)")
     add(
-        "--method",
-        choices=METHODS,
-        default="dip",
-        help="plain; noise at the input only; fixed variance; dip (dip)",
+        "--lambda-s", type=AMOUNT, default=0.0, help="of the variance over trajectories, m >= 2 (0)"
     )
-    add("--init-sigma", type=float, default=0.1, help="sigma that every variance starts from (0.1)")
-    add(
-        "--calibrate",
-        type=float,
-        help="instead: sigma as this ratio to each layer's input spread, from one batch",
-    )
-    add("--m", type=int, default=1, help="trajectories per example (1)")
-    add("--kl", type=float, help="weight of the pull of the variances to where they start (0.4)")
-    add(
-        "--lambda-s",
-        type=float,
-        default=0.0,
-        help="weight of the variance over trajectories, m >= 2 (0)",
-    )
-    add("--epochs", type=int, default=1, help="passes over the training set (1)")
-    add("--batch", type=int, default=64, help="examples in a step on each worker (64)")
-    add("--accumulate", type=int, default=1, help="parts that a step's batch is computed in (1)")
-    add(
-        "--lr",
-        type=float,
-        default=1e-4,
-        help="learning rate, after warm-up, then cosine to zero (1e-4)",
-    )
-    add("--variance-lr", type=float, help="learning rate of log_variance (10 lr)")
-    add("--weight-decay", type=float, default=0.01, help="of weight matrices (0.01)")
-    add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient (1)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="bf16",
-        help="of matrix products; weights' masters float32 (bf16)",
-    )
+    add("--epochs", type=COUNT, default=1, help="passes over the training set (1)")
+    add("--batch", type=COUNT, default=64, help="examples in a step on each worker (64)")
+    add("--accumulate", type=COUNT, default=1, help="parts that a step's batch is computed in (1)")
+    add("--lr", type=AMOUNT, default=1e-4, help="learning rate after warm-up; cosine to 0 (1e-4)")
+    add("--variance-lr", type=AMOUNT, help="learning rate of log_variance (10 lr)")
+    add("--weight-decay", type=AMOUNT, default=0.01, help="of weight matrices (0.01)")
+    add("--warmup", type=SHARE, default=0.05, help="share of the steps (0.05)")
+    add("--clip", type=AMOUNT, default=1.0, help="largest norm of the gradient (1)")
+    add("--precision", choices=PRECISIONS, default="bf16", help="of matrix products (bf16)")
     add("--device", choices=("cuda", "cpu"), help="cuda, cpu (cuda where there is one)")
-    add("--seed", type=int, default=0, help="of data order, initial weights and noise (0)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
-    add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl (10)")
-    add(
-        "--stop-after",
-        type=int,
-        help="stop after this many steps in all, with a checkpoint (for tests and queues)",
-    )
+    add("--seed", type=SEED, default=0, help="of data order, initial weights and noise (0)")
+    add("--save-every", type=COUNT, default=500, help="steps between checkpoints (500)")
+    add("--log-every", type=COUNT, default=10, help="steps between lines of metrics.jsonl (10)")
+    add("--stop-after", type=COUNT, help="stop after this many steps in all, with a checkpoint")
     return parser
 
 
@@ -108,35 +99,13 @@ def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.error(str(error))
 
 
-def check_arguments(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    counts: Sequence[str] = (),
-    numbers: Sequence[str] = (),
-) -> None:
-    """counts and numbers: flags of the recipe's own, at least 1, and finite and at least 0."""
-    for name in ("m", "epochs", "batch", "accumulate", "save_every", "log_every", *counts):
-        if getattr(args, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
-            )
-    for name in (*RATES, *STRENGTHS, *numbers):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {value}")
-    if args.warmup > 1:
-        parser.error(f"--warmup: expected a share of the steps, 0 to 1, got {args.warmup}")
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, and folders that are none."""
     if args.method in ("fixed", "dip") and not 1e-15 < args.init_sigma < 1e15:
         parser.error(
             f"--init-sigma: expected 1e-15 to 1e15 with --method {args.method}, got "
             f"{args.init_sigma}"
         )
-    if (args.calibrate or 0) > 1e15:
-        parser.error(f"--calibrate: expected at most 1e15, got {args.calibrate}")
-    if not 0 <= args.seed < MAX_SEED:
-        parser.error(f"--seed: expected 0 to {MAX_SEED - 1}, got {args.seed}")
-    if args.stop_after is not None and args.stop_after < 1:
-        parser.error(f"--stop-after: expected at least 1, got {args.stop_after}")
     if args.batch % args.accumulate:
         parser.error(
             f"--accumulate: expected a divisor of --batch {args.batch}, got {args.accumulate}"
@@ -192,9 +161,7 @@ def workers(device: str | None) -> Iterator[Worker]:
     if "RANK" not in os.environ:
         yield Worker(0, 1, torch.device(kind))
         return
-    place = (
-        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
-    )
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -258,15 +225,8 @@ class Trainer:
         # what a checkpoint must agree with
         shared = {name: getattr(args, name) for name in ("method", "batch", "seed", "epochs", "m")}
         self.settings = {**shared, "workers": worker.size, **settings}
-        learns = args.method == "dip"
-        self.optimizer = torch.optim.AdamW(
-            dip.param_groups(
-                model,
-                args.lr,
-                weight_decay=args.weight_decay,
-                variance_lr=args.variance_lr if learns else None,
-            )
-        )
+        rates = {"weight_decay": args.weight_decay, "variance_lr": args.variance_lr}
+        self.optimizer = torch.optim.AdamW(dip.param_groups(model, args.lr, **rates))
         self.steps_per_epoch = num_examples // (args.batch * worker.size)
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -275,16 +235,9 @@ class Trainer:
             )
         self.num_steps = self.steps_per_epoch * args.epochs
         warmup = max(1, round(args.warmup * self.num_steps))
-        self.schedule = torch.optim.lr_scheduler.SequentialLR(
-            self.optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / warmup, total_iters=warmup),
-                torch.optim.lr_scheduler.CosineAnnealingLR(
-                    self.optimizer, max(1, self.num_steps - warmup)
-                ),
-            ],
-            [warmup],
-        )
+        up = lr_scheduler.LinearLR(self.optimizer, 1 / warmup, total_iters=warmup)
+        down = lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, self.num_steps - warmup))
+        self.schedule = lr_scheduler.SequentialLR(self.optimizer, [up, down], [warmup])
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=args.precision == "fp16")
         self.step = 0
         if args.resume:
@@ -313,14 +266,8 @@ class Trainer:
         args.out.mkdir(parents=True, exist_ok=True)
         last = min(self.num_steps, args.stop_after or self.num_steps)
         start, first, losses = time.perf_counter(), self.step, []
-        bar = tqdm(
-            total=self.num_steps,
-            initial=first,
-            unit="step",
-            disable=not worker.is_first,
-            dynamic_ncols=True,
-        )
-        with bar:
+        shown = {"unit": "step", "disable": not worker.is_first, "dynamic_ncols": True}
+        with tqdm(total=self.num_steps, initial=first, **shown) as bar:
             while self.step < last:
                 torch.manual_seed((args.seed * 1_000_003 + self.step) * 65_537 + worker.rank)
                 losses.append(self.one_step(batch_of, loss_of))
@@ -390,12 +337,11 @@ class Trainer:
     def content(self) -> dict:
         learning = {name for name, p in self.raw.named_parameters() if p.requires_grad}
         buffers = {name for name, _ in self.raw.named_buffers()}
+        whole = self.raw.state_dict()
         return {
             "settings": self.settings,
             "step": self.step,
-            "model": {
-                k: v for k, v in self.raw.state_dict().items() if k in learning or k in buffers
-            },
+            "model": {k: v for k, v in whole.items() if k in learning or k in buffers},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -440,8 +386,7 @@ class Trainer:
             raise ValueError(
                 f"--resume: expected the settings that {path} was made with, got {told}"
             )
-        differs = self.difference(content)
-        if differs:
+        if differs := self.difference(content):
             raise ValueError(
                 f"--resume: expected this model's checkpoint in {path}, got another, or a damaged "
                 f"one: {differs}"
@@ -479,16 +424,8 @@ def _kind(value: object) -> str:
 
 
 # Of a checkpoint's numbers, those that a step moves; the others follow from the flags.
-MOVING = {
-    "step",
-    "lr",
-    "_last_lr",
-    "last_epoch",
-    "_step_count",
-    "_get_lr_called_within_step",
-    "scale",
-}
-MOVING |= {"_growth_tracker"}
+MOVING = {"step", "lr", "_last_lr", "last_epoch", "_step_count", "_get_lr_called_within_step"}
+MOVING |= {"scale", "_growth_tracker"}
 
 
 def _difference(own: object, other: object, where: str = "", moves: bool = False) -> str | None:
@@ -515,16 +452,7 @@ def _difference(own: object, other: object, where: str = "", moves: bool = False
 
 def write_results(worker: Worker, args: argparse.Namespace, results: dict) -> None:
     if worker.is_first:
-        flags = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items()
-        }
-        content = {
-            "environment": dip.env_report(),
-            "workers": worker.size,
-            "flags": flags,
-        } | results
-        (args.out / "results.json").write_text(
-            json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8"
-        )
+        content = {"environment": dip.env_report(), "workers": worker.size, "flags": vars(args)}
+        text = json.dumps(content | results, indent=1, default=str) + "\n"
+        (args.out / "results.json").write_text(text, encoding="utf-8")
         print(json.dumps(results, indent=1))
