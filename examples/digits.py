@@ -69,10 +69,9 @@ def build(variant: str, seed: int, x: Tensor) -> nn.Module:
         dip.convert(model)
     if variant != "plain":
         dip.calibrate(model, [x])
-    if variant in ("input noise", "fixed sigma"):
-        for name, parameter in model.named_parameters():
-            if name.endswith("log_variance"):
-                parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, dip.Variance) and variant != "dip":
+            module.requires_grad_(False)
     return model
 
 
@@ -138,9 +137,8 @@ class EagerNoiseLinear(nn.Linear):
         self.log_variance = nn.Parameter(torch.full((plain.in_features,), 0.01).log())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(
-            x + (self.log_variance / 2).exp() * torch.randn_like(x), self.weight, self.bias
-        )
+        noise = (self.log_variance / 2).exp() * torch.randn_like(x)
+        return F.linear(x + noise, self.weight, self.bias)
 
 
 def eager_mlp() -> nn.Module:
@@ -184,15 +182,10 @@ def step_overhead(x: Tensor, y: Tensor, rounds: int) -> dict[str, dict[str, floa
     base = times["plain, m = 1"]
     table = {}
     for name, values in times.items():
-        low, median, high = statistics.quantiles(
-            [t / b for t, b in zip(values, base, strict=True)], n=4
-        )
-        table[name] = {
-            "ms": 1e3 * statistics.median(values),
-            "ratio": median,
-            "q1": low,
-            "q3": high,
-        }
+        ratios = [t / b for t, b in zip(values, base, strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        ms = 1e3 * statistics.median(values)
+        table[name] = {"ms": ms, "ratio": median, "q1": low, "q3": high}
     return table
 
 
@@ -209,9 +202,8 @@ def accuracy_table(results: dict[str, list[dict]]) -> str:
     lines = ["  ".join([f"{'training':14}", *(f"{head:>12}" for head in heads)])]
     for variant, runs in results.items():
         cells = [mean_std([run[kind][strength] for run in runs]) for kind, strength in TABLE]
-        lines.append(
-            "  ".join([f"{variant:14}", *(f"{mean:6.1f} ± {std:3.1f}" for mean, std in cells)])
-        )
+        shown = [f"{mean:6.1f} ± {std:3.1f}" for mean, std in cells]
+        lines.append("  ".join([f"{variant:14}", *shown]))
     return "\n".join(lines)
 
 
@@ -279,20 +271,14 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
-    parser.add_argument(
-        "--epochs", type=int, default=None, help="epochs of training (200; 3 with --quick)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/digits"),
-        help="folder for results.json and robustness.png",
-    )
-    parser.add_argument(
+    add, kept = parser.add_argument, Path("out/digits")
+    add("--seeds", type=int, default=3, help="number of seeds (3)")
+    add("--epochs", type=int, help="epochs of training (200; 3 with --quick)")
+    add("--out", type=Path, default=kept, help="folder for results.json and robustness.png")
+    add(
         "--threads", type=int, default=1, help="threads: layers this small gain nothing by more (1)"
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
+    add("--quick", action="store_true", help="one seed, a few epochs: does it run?")
     args = parser.parse_args(arguments)
     seeds = 1 if args.quick else args.seeds
     epochs = args.epochs if args.epochs is not None else 3 if args.quick else 200
@@ -312,9 +298,7 @@ def main(arguments: list[str] | None = None) -> dict:
                 model = train(variant, seed, epochs, x_train, y_train, bar)
                 run = evaluate(model, x_test, y_test, seed, pgd_steps=3 if args.quick else 20)
                 if variant != "plain":
-                    run["sigma"] = {
-                        row.name: row.sigma_mean for row in dip.summary(model, [x_test])
-                    }
+                    run["sigma"] = {row.name: row.sigma_mean for row in dip.summary(model)}
                 results[variant].append(run)
     x_train, y_train, *_ = load(0)
     overhead = step_overhead(x_train[:BATCH], y_train[:BATCH], rounds=10 if args.quick else 200)

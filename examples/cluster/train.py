@@ -93,12 +93,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(self.norm1(x))
-            .unflatten(-1, (3, self.heads, -1))
-            .movedim(-3, 0)
-            .transpose(-2, -3)
-        )
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.movedim(-3, 0).transpose(-2, -3)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -114,14 +110,7 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        # [B, 16, 4]
-        x = (
-            x.unflatten(-1, (4, 2))
-            .unflatten(-3, (4, 2))
-            .transpose(-2, -3)
-            .flatten(-2)
-            .flatten(-3, -2)
-        )
+        x = F.unfold(x[:, None], 2, stride=2).transpose(1, 2)  # [B, 16, 4]
         x = self.patches(x) + self.place
         for block in self.blocks:
             x = block(x)
@@ -130,17 +119,10 @@ class ViT(nn.Module):
 
 def build(config: dict, device: torch.device, x: Tensor) -> nn.Module:
     torch.manual_seed(config["seed"])  # the same weights on every rank
+    model, how = ViT(**config["model"]).to(device), dip.DIPConfig.from_dict(config["dip"])
     # The same examples on every rank, for a config with a ratio, so that every rank has one prior.
-    model = dip.apply(
-        ViT(**config["model"]).to(device),
-        dip.DIPConfig.from_dict(config["dip"]),
-        [x[: config["batch"]]],
-    )
-    policy = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-        if config["bfloat16"]
-        else MixedPrecisionPolicy()
-    )
+    dip.apply(model, how, [x[: config["batch"]]])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if config["bfloat16"] else None)
     mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
     for module in (*model.blocks, model):
         fully_shard(dip.shard_variances(module, mesh=mesh), mesh=mesh, mp_policy=policy)
@@ -150,9 +132,8 @@ def build(config: dict, device: torch.device, x: Tensor) -> nn.Module:
 def load() -> tuple[Tensor, Tensor]:
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(digits.images / 16.0, dtype=torch.float32)[order], torch.tensor(
-        digits.target
-    )[order]
+    x = torch.tensor(digits.images / 16.0, dtype=torch.float32)
+    return x[order], torch.tensor(digits.target)[order]
 
 
 def examples_of(step: int, config: dict, count: int) -> Tensor:
@@ -247,29 +228,21 @@ def train(
     model.eval()
     with torch.no_grad():  # every rank the whole test set: no rank waits for another's batches
         correct = (model(x[count:]).argmax(-1) == y[count:]).float().mean().item()
-    state = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole)
     if rank == 0:
         torch.save(state, out / "final.pt")
-        print(
-            json.dumps(
-                {"steps": config["steps"], "test_accuracy": round(correct, 4), "processes": world}
-            ),
-            flush=True,
-        )
+        line = {"steps": config["steps"], "test_accuracy": round(correct, 4), "processes": world}
+        print(json.dumps(line), flush=True)
     return state
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "config", type=Path, help="JSON file of model and training, such as digits.json"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/cluster"), help="folder of the run (out/cluster)"
-    )
-    parser.add_argument("--steps", type=int, help="instead of the configuration's")
+    add, kept = parser.add_argument, Path("out/cluster")
+    add("config", type=Path, help="JSON file of model and training, such as digits.json")
+    add("--out", type=Path, default=kept, help="folder of the run (out/cluster)")
+    add("--steps", type=int, help="instead of the configuration's")
     arguments = parser.parse_args()
     try:
         config = json.loads(arguments.config.read_text(encoding="utf-8"))
@@ -279,17 +252,14 @@ def main() -> None:
     except (OSError, ValueError, RecursionError) as error:
         parser.error(f"{arguments.config}: {error}")
     gpu = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-    )
+    device = torch.device("cpu")
     if gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    alone = (
-        {}
-        if "RANK" in os.environ
-        else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
-    )
-    distributed.init_process_group("nccl" if gpu else "gloo", **alone)
+    place = {}
+    if "RANK" not in os.environ:
+        place = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    distributed.init_process_group("nccl" if gpu else "gloo", **place)
     train(config, arguments.out, device)
     distributed.destroy_process_group()
 
