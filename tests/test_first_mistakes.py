@@ -71,11 +71,6 @@ def test_a_single_class_stands_for_a_list_of_one():
     assert len(dip.summary(model)) == 2
 
 
-def test_a_name_among_types_is_answered_with_the_classes():
-    with pytest.raises(ValueError, match=r"classes nn\.Linear, .*, got 'Linear'$"):
-        dip.convert(network(), types="Linear")
-
-
 class Named(nn.Module):
     def __init__(self):
         super().__init__()
@@ -194,11 +189,6 @@ def test_a_filter_that_cannot_be_called_is_named():
         dip.convert(network(), filter="head")
 
 
-def test_a_run_that_cannot_be_called_is_named():
-    with pytest.raises(TypeError, match=r"^run: expected a function of .*, got str$"):
-        dip.tune("a", 100, progress=False)
-
-
 @pytest.mark.parametrize(
     "call",
     [
@@ -283,7 +273,9 @@ def test_a_context_that_is_given_a_model_or_a_function_says_how_it_is_written(co
 
 @pytest.mark.parametrize("types", [3, [[nn.Linear]], "Linear", nn.ReLU, [], [nn.Linear, None]])
 def test_types_that_are_no_classes_to_convert_are_named(types):
-    with pytest.raises(ValueError, match=r"^types: expected some of the classes nn.Linear, "):
+    said = r"^types: expected some of the classes nn\.Linear, "
+    said += ".*, got 'Linear'$" if types == "Linear" else ""
+    with pytest.raises(ValueError, match=said):
         dip.convert(network(), types=types)
 
 

@@ -183,14 +183,6 @@ class Manual(Module):
         self.automatic_optimization = False
 
 
-def ungrouped():
-    return Module(groups=False)
-
-
-def converted():
-    return dip.convert(Module())
-
-
 SMOOTH, AVERAGING = dip.DIPConfig(lambda_s=0.1), dip.DIPConfig(k=4)
 
 
@@ -202,8 +194,12 @@ SMOOTH, AVERAGING = dip.DIPConfig(lambda_s=0.1), dip.DIPConfig(k=4)
         (Module, None, "config: expected a DIPConfig, or a module"),
         (Manual, CONFIG, "expected automatic optimisation"),
         (NoForward, CONFIG, "batches: expected some, because the module has no forward"),
-        (ungrouped, CONFIG, r"optimizer: .*decays 2 variance.*configure_optimizers"),
-        (converted, CONFIG, "expected a plain model beside config"),
+        (
+            lambda: Module(groups=False),
+            CONFIG,
+            r"optimizer: .*decays 2 variance.*configure_optimizers",
+        ),
+        (lambda: dip.convert(Module()), CONFIG, "expected a plain model beside config"),
     ],
 )
 def test_what_it_cannot_do_is_refused(make, config, message, tmp_path):
@@ -351,18 +347,9 @@ def test_a_compiled_module_trains_the_same_and_stays_compiled(tmp_path):
     assert "training_step" in vars(module)
 
 
-class Named(torch.utils.data.Dataset):
-    """Batches of a tensor, and of a list of numbers, which nothing but the module makes a
-    tensor of."""
-
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, i):
-        return X[i], int(Y[i])
-
-
 def test_lists_of_a_batch_are_repeated_with_its_tensors(tmp_path):
+    """A list of numbers, which nothing but the module makes a tensor of."""
+
     class Lists(Module):
         def training_step(self, batch):
             return F.cross_entropy(self(batch["x"]), torch.tensor(batch["labels"]))
@@ -375,7 +362,7 @@ def test_lists_of_a_batch_are_repeated_with_its_tensors(tmp_path):
         return {"x": torch.stack(xs), "labels": list(ys)}
 
     callback = DIPCallback(dip.DIPConfig(ratio=0.5, m=3), [X])
-    lists = DataLoader(Named(), 8, collate_fn=collate)
+    lists = DataLoader(list(zip(X, Y.tolist())), 8, collate_fn=collate)
     _, module = fitted(tmp_path, Lists(), callback, data=lists)
     _, of_tensors = fitted(tmp_path, callback=callback)
     assert module.losses == pytest.approx(of_tensors.losses, rel=1e-5)

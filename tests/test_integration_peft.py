@@ -23,10 +23,9 @@ BATCH = {"input_ids": IDS, "labels": IDS}
 CONFIG = dip.DIPConfig(exclude=["*.lm_head"], ratio=0.3)
 
 
-def lora(*targets):
-    return peft.LoraConfig(
-        r=2, target_modules=list(targets or ("q_proj", "v_proj")), task_type="CAUSAL_LM"
-    )
+def lora(*targets, **options):
+    targets = list(targets or ("q_proj", "v_proj"))
+    return peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **options)
 
 
 def adapted(config=CONFIG, base=None):
@@ -138,9 +137,8 @@ def test_an_adapter_around_a_layer_that_had_noise_takes_the_noise_with_it():
     assert report.checked == 7
     assert not report.frozen
     assert "down_proj.variance.log_variance" in "".join(before)
-    shared = adapted(
-        dip.DIPConfig(exclude=["*.lm_head"], share=[("gate_proj", "up_proj")], ratio=0.3)
-    )
+    share = [("gate_proj", "up_proj")]
+    shared = adapted(dip.DIPConfig(exclude=["*.lm_head"], share=share, ratio=0.3))
     with pytest.raises(ValueError, match=r"add every adapter first, then dip\.apply"):
         shared.add_adapter("wide", lora("up_proj"))
 
@@ -182,23 +180,14 @@ def test_a_merged_model_whose_other_parts_are_wrapped_keeps_their_noise(exclude)
 
 
 def test_a_head_that_the_adapter_trains_whole_keeps_its_noise():
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"]
-    )
+    config, name = lora("q_proj", modules_to_save=["lm_head"]), "variance.log_variance"
     model = dip.apply(peft.get_peft_model(llama(), config), dip.DIPConfig(), [BATCH])
-    want = moved(model, 0.5)[
-        "base_model.model.lm_head.modules_to_save.default.variance.log_variance"
-    ]
-    assert torch.equal(
-        dip.variances(model.merge_and_unload())["lm_head.variance.log_variance"], want
-    )
+    want = moved(model, 0.5)[f"base_model.model.lm_head.modules_to_save.default.{name}"]
+    assert torch.equal(dip.variances(model.merge_and_unload())[f"lm_head.{name}"], want)
 
 
 def test_a_head_tied_to_trained_tokens_keeps_its_noise():
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[1, 2]
-    )
-    base = llama()
+    config, base = lora("q_proj", trainable_token_indices=[1, 2]), llama()
     base.config.tie_word_embeddings = True
     base.tie_weights()
     model = dip.apply(peft.get_peft_model(base, config), dip.DIPConfig(ratio=0.3), [BATCH])
@@ -209,19 +198,15 @@ def test_a_head_tied_to_trained_tokens_keeps_its_noise():
     torch.testing.assert_close(merged(input_ids=IDS).logits, quiet)
 
 
+TOKENS = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
-        peft.PromptEncoderConfig(
-            num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"
-        ),
-        peft.PrefixTuningConfig(
-            num_virtual_tokens=2,
-            prefix_projection=True,
-            encoder_hidden_size=8,
-            task_type="CAUSAL_LM",
-        ),
-        peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        peft.PromptEncoderConfig(**TOKENS, encoder_hidden_size=8),
+        peft.PrefixTuningConfig(**TOKENS, encoder_hidden_size=8, prefix_projection=True),
+        peft.PromptTuningConfig(**TOKENS),
     ],
     ids=lambda prompt: prompt.peft_type.value,
 )

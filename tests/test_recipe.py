@@ -8,15 +8,10 @@ from torch import nn
 
 import dipkernels as dip
 
-datasets = pytest.importorskip("sklearn.datasets")
+pytest.importorskip("sklearn")
+import digits
+
 EPS, NOISE = 0.1, 0.5
-
-
-def digits(seed):
-    data = datasets.load_digits()
-    x, y = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return x[order[:500]], y[order[:500]], x[order[500:]], y[order[500:]]
 
 
 def trained(x, y, widths, seed=0, recipe=True, epochs=80, size=100):
@@ -43,25 +38,16 @@ def trained(x, y, widths, seed=0, recipe=True, epochs=80, size=100):
 
 
 def scores(model, x, y):
-    adversarial = x.clone()
-    for _ in range(10):
-        adversarial.requires_grad_(True)
-        (grad,) = torch.autograd.grad(F.cross_entropy(model(adversarial), y), adversarial)
-        moved = adversarial.detach() + EPS / 4 * grad.sign()
-        adversarial = torch.minimum(torch.maximum(moved, x - EPS), x + EPS).clamp(0, 1)
     noisy = x + NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        hits = [
-            (model(each).argmax(-1) == y).float().mean().item() for each in (x, adversarial, noisy)
-        ]
-    return 100 * torch.tensor(hits)
+    shown = x, digits.pgd(model, x, y, EPS, steps=10), noisy
+    return torch.tensor([digits.accuracy(model, each, y) for each in shown])
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_three_lines_help_by_default(seeds):
     gains = []
     for seed in range(seeds):
-        x, y, x_test, y_test = digits(seed)
+        x, y, x_test, y_test = digits.load(seed)
         plain, recipe = (
             scores(trained(x, y, (64, 128, 10), seed, r), x_test, y_test) for r in (False, True)
         )

@@ -82,6 +82,7 @@ def test_what_was_chosen_of_a_tensor_or_an_array_are_floats():
 @pytest.mark.parametrize(
     ("run", "options", "message"),
     [
+        ("a", {"budget": 100}, r"^run: expected a function of .*, got str$"),
         (made_up, {"budget": 10}, "^budget: expected at least 52 units for 12 pairs, got 10"),
         (made_up, {"budget": 100, "ratios": []}, "^ratios, kls: "),
         (made_up, {"budget": 100, "ratios": [0]}, "^ratios: "),
