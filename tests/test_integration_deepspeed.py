@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks_support import Ranks, raised
-from trainer_support import X, Y, learned, llama, mlp
+from trainer_support import X, Y, learned, llama, mlp, texts
 
 import dipkernels as dip
 
@@ -169,21 +169,9 @@ def test_deepspeeds_stage_3_trains_and_its_variances_are_read_where_they_are_gat
         assert torch.equal(values, found[name])
 
 
-ARGUMENTS = {
-    "report_to": [],
-    "disable_tqdm": True,
-    "per_device_train_batch_size": 8,
-    "max_steps": 4,
-    "learning_rate": 1e-2,
-    "weight_decay": 0.1,
-    "logging_steps": 1,
-    "save_steps": 2,
-}
-
-
-def texts():
-    ids = torch.randint(3, 32, (32, 6), generator=torch.Generator().manual_seed(0)).tolist()
-    return [{"input_ids": torch.tensor(each), "labels": torch.tensor(each)} for each in ids]
+ARGUMENTS = {"report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8}
+ARGUMENTS |= {"max_steps": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
+ARGUMENTS |= {"logging_steps": 1, "save_steps": 2}
 
 
 def check_trainer(rank, world, folder, stage):
@@ -202,9 +190,8 @@ def check_trainer(rank, world, folder, stage):
         arguments = transformers.TrainingArguments(
             f"{folder}/{where}", deepspeed=config, **{**ARGUMENTS, **options}
         )
-        return DIPTrainer(
-            llama(), arguments, train_dataset=texts(), eval_dataset=texts(), dip=given
-        )
+        data = {"train_dataset": texts(32), "eval_dataset": texts(32)}
+        return DIPTrainer(llama(), arguments, **data, dip=given)
 
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     whole = trainer("a", **best)
@@ -234,7 +221,7 @@ def test_the_trainer_under_deepspeed_is_the_trainer_without(stage, ranks, tmp_pa
     (answer,) = ranks.run(check_trainer, str(tmp_path), stage)
     engine, start, logged, trained, resumed, words = answer
     arguments = transformers.TrainingArguments(tmp_path / "one", use_cpu=True, **ARGUMENTS)
-    one = DIPTrainer(llama(), arguments, train_dataset=texts(), dip=RECIPE)
+    one = DIPTrainer(llama(), arguments, train_dataset=texts(32), dip=RECIPE)
     dip.load_variances(one.model, start)
     one.train()
     assert engine == "DeepSpeedEngine" and logged[0] == logged[1]
