@@ -51,6 +51,15 @@ def _bytes_at(first: int, end: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * (end - first)).from_address(first))
 
 
+def _flat(values: tuple, kinds: tuple):
+    """(value, type) of every argument that a kernel is given, those in tuples one by one"""
+    for value, kind in zip(values, kinds, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(value, kind)
+        elif kind != "constexpr":
+            yield value, kind
+
+
 def _up_to_ptx(*arguments):
     """Triton's hook: no ptxas, whose work nothing here reads."""
     if not arguments:
@@ -98,7 +107,7 @@ class _Launcher:
             self.kernel, args, kwargs, self.arch
         )
         grid = tuple(grid(bound) if callable(grid) else grid)
-        values = [(bound[name], kind) for name, kind in signature.items() if kind != "constexpr"]
+        values = list(_flat(tuple(bound.values()), tuple(signature.values())))
         memory, addresses = ptx.Memory(), []
         for first, end in _segments([v for v, kind in values if kind[0] == "*"]):
             addresses.append((first, end, memory.add(_bytes_at(first, end), first % 16)))

@@ -13,7 +13,7 @@ from .blocks import Blocks, blocks, candidates, splits
 from .mixtures import MIXTURES
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
-from .tiles import EXACT, columns_at, flat_rows, num_multiprocessors, on_device, origin
+from .tiles import EXACT, columns_at, flat_rows, load_matrix, num_multiprocessors, on_device, origin
 
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 ACTIVATIONS = (None, "relu", *MIXTURES)
@@ -39,9 +39,7 @@ def _noised_tile(
     """u = x + factor s z, rounded to the weight's type; zero outside of x"""
     col_mask = (col >= 0) & (col < K)
     mask = (row < M)[:, None] & col_mask[None, :]
-    x = tl.load(x_ptr + (row * x_stride_m)[:, None] + col[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
+    x = load_matrix(x_ptr, row, col, mask, x_stride_m, tl.float32)
     # A masked column has sigma 0, and a masked row meets a zero or is not stored.
     s = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, tl.float32)
     if LOG_VARIANCE:
@@ -74,10 +72,7 @@ def _linear_fwd_kernel(
     K,
     x_stride_m,
     weight_stride_n,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    origin,
     num_samples,
     inv_num_samples,
     factor: tl.float64,
@@ -93,7 +88,7 @@ def _linear_fwd_kernel(
 ):
     # where
     N, K, x_stride_m, weight_stride_n = N * VEC, K * VEC, x_stride_m * VEC, weight_stride_n * VEC
-    key, last_word = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, origin.sample)
     pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -107,8 +102,8 @@ def _linear_fwd_kernel(
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(passes):
         h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for first in range(0, K + shift, BLOCK_K):
-            col = first + tl.arange(0, BLOCK_K) - shift
+        for first in range(0, K + origin.shift, BLOCK_K):
+            col = first + tl.arange(0, BLOCK_K) - origin.shift
             # [BM, BK]
             u = _noised_tile(
                 x_ptr,
@@ -117,11 +112,11 @@ def _linear_fwd_kernel(
                 (last_word + i).to(tl.uint32),
                 row,
                 col,
-                group0 + first // 8 + tl.arange(0, BLOCK_K // 8),
+                origin.group0 + first // 8 + tl.arange(0, BLOCK_K // 8),
                 M,
                 K,
                 x_stride_m,
-                row0,
+                origin.row0,
                 factor,
                 dtype,
                 LOG_VARIANCE,
@@ -135,9 +130,7 @@ def _linear_fwd_kernel(
             h = tl.dot(u, w, h, input_precision=PRECISION)
         h += bias
         if dy_ptr is not None:
-            dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(
-                tl.float32
-            )
+            dy = load_matrix(dy_ptr, row, out, mask, N, tl.float32)
             y = act_bwd(dy, h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
         elif PASSES:
             y += act(h, ACTIVATION)
@@ -161,10 +154,7 @@ def _linear_bwd_x_kernel(
     K,
     dy_stride_m,
     weight_stride_n,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    origin,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _divided
     BLOCK_M: tl.constexpr,
@@ -174,12 +164,12 @@ def _linear_bwd_x_kernel(
 ):
     # where
     N, K, dy_stride_m, weight_stride_n = N * VEC, K * VEC, dy_stride_m * VEC, weight_stride_n * VEC
-    key, last_word = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, origin.sample)
     pid_m, pid_k = _tile_of(
-        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + shift, BLOCK_K), GROUP_M
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + origin.shift, BLOCK_K), GROUP_M
     )
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    group, col = columns_at(pid_k, group0, shift, BLOCK_K)
+    group, col = columns_at(pid_k, origin, BLOCK_K)
     col_mask = (col >= 0) & (col < K)
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     # compute
@@ -187,23 +177,17 @@ def _linear_bwd_x_kernel(
     for start in range(0, N, BLOCK_N):
         out = start + tl.arange(0, BLOCK_N)
         # [BM, BN]
-        dy = tl.load(
-            dy_ptr + (row * dy_stride_m)[:, None] + out[None, :],
-            mask=(row < M)[:, None] & (out < N)[None, :],
-            other=0.0,
-        )
+        mask = (row < M)[:, None] & (out < N)[None, :]
+        dy = load_matrix(dy_ptr, row, out, mask, dy_stride_m, dtype)
         # [BN, BK]
-        w = tl.load(
-            weight_ptr + (tl.cast(out, tl.int64) * weight_stride_n)[:, None] + col[None, :],
-            mask=(out < N)[:, None] & col_mask[None, :],
-            other=0.0,
-        )
-        dx = tl.dot(dy.to(dtype), w, dx, input_precision=PRECISION)
+        mask, out = (out < N)[:, None] & col_mask[None, :], tl.cast(out, tl.int64)
+        w = load_matrix(weight_ptr, out, col, mask, weight_stride_n, dtype)
+        dx = tl.dot(dy, w, dx, input_precision=PRECISION)
     # store
     mask = (row < M)[:, None] & col_mask[None, :]
     tl.store(dx_ptr + (row * K)[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     # Rows past the end are zero in dx, so they add nothing.
-    z = normal_tile(key, last_word, row0 + row, group, False)
+    z = normal_tile(key, last_word, origin.row0 + row, group, False)
     tl.store(
         partial_ptr + tl.cast(pid_m, tl.int64) * K + col, tl.sum(dx * z, axis=0), mask=col_mask
     )
@@ -222,10 +206,7 @@ def _linear_bwd_weight_kernel(
     split_rows,  # rows of a split
     dy_stride_m,
     x_stride_m,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    origin,
     factor: tl.float64,
     DTYPE: tl.constexpr,  # of the product's operands: the weight's
     LOG_VARIANCE: tl.constexpr,
@@ -238,24 +219,21 @@ def _linear_bwd_weight_kernel(
 ):
     # where
     N, K, dy_stride_m, x_stride_m = N * VEC, K * VEC, dy_stride_m * VEC, x_stride_m * VEC
-    key, last_word = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, origin.sample)
     pid_n, pid_k = _tile_of(
-        tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K + shift, BLOCK_K), GROUP_M
+        tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K + origin.shift, BLOCK_K), GROUP_M
     )
     split = tl.cast(tl.program_id(1), tl.int64)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    group, col = columns_at(pid_k, group0, shift, BLOCK_K)
+    group, col = columns_at(pid_k, origin, BLOCK_K)
     end = tl.minimum(M, (split + 1) * split_rows)
     # compute
     dweight = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(split * split_rows, end, BLOCK_M):
         row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         # [BM, BN]
-        dy = tl.load(
-            dy_ptr + (row * dy_stride_m)[:, None] + out[None, :],
-            mask=(row < end)[:, None] & (out < N)[None, :],
-            other=0.0,
-        )
+        mask = (row < end)[:, None] & (out < N)[None, :]
+        dy = load_matrix(dy_ptr, row, out, mask, dy_stride_m, DTYPE)
         # [BM, BK]
         u = _noised_tile(
             x_ptr,
@@ -268,12 +246,12 @@ def _linear_bwd_weight_kernel(
             M,
             K,
             x_stride_m,
-            row0,
+            origin.row0,
             factor,
             DTYPE,
             LOG_VARIANCE,
         )
-        dweight = tl.dot(tl.trans(dy.to(DTYPE)), u, dweight, input_precision=PRECISION)
+        dweight = tl.dot(tl.trans(dy), u, dweight, input_precision=PRECISION)
     # store
     tl.store(
         dweight_ptr + split * N * K + (out * K)[:, None] + col[None, :],
@@ -373,8 +351,8 @@ def _forward(x, weight, bias, sigma, seed, draw, num_samples, activation, out_dt
             chosen,
             *(y, x, weight, bias, sigma, dy, seed),
             *(m, *sizes),
-            *origin(row0, col0),
-            *(sample, num_samples if passes else 1, 1.0 / num_samples, factor),
+            origin(row0, col0, sample),
+            *(num_samples if passes else 1, 1.0 / num_samples, factor),
             LOG_VARIANCE=log_variance,
             ACTIVATION=activation,
             PASSES=passes,
@@ -436,8 +414,7 @@ def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_varian
             chosen,
             *(dx, partial, flat, weight, seed),
             *(m, *sizes),
-            *origin(row0, col0),
-            sample,
+            origin(row0, col0, sample),
             PRECISION=_precision(),
             VEC=vec,
         )
@@ -480,8 +457,8 @@ def linear_bwd_weight(
             chosen,
             *(dweight, dy, x, sigma, seed),
             *(m, *sizes[:2], split_rows, *sizes[2:]),
-            *origin(row0, col0),
-            *(sample, factor),
+            origin(row0, col0, sample),
+            factor,
             DTYPE=OPERANDS[operand],
             LOG_VARIANCE=log_variance,
             PRECISION=_precision(),

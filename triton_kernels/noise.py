@@ -5,15 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import (
-    TILE_ELEMENTS,
-    columns_at,
-    on_device,
-    rows_at,
-    tile_mask,
-    tile_offsets,
-    tiling,
-)
+from .tiles import TILE_ELEMENTS, columns_at, on_device, origin, store, tile_at, tiling
 
 
 @triton.jit
@@ -143,39 +135,21 @@ def load_seed(seed_ptr, sample):
 
 @triton.jit
 def _noise_kernel(
-    z_ptr,  # [rows, K], written
+    z,  # written
     seed_ptr,  # [2] int64: key, stream
-    num_row_blocks,
-    num_outer,
-    num_inner,
-    outer_step,
-    inner_step,
-    K,  # from num_row_blocks to shift: Tiling.arguments
-    z_outer,  # from here to row0: strides in elements
-    z_inner,
-    z_col,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    rows,
+    origin,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    key, last_word = load_seed(seed_ptr, sample)
-    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
-    for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
-        # where
-        outer, inner, row = rows_at(
-            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
-        )
-        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
-        # compute
-        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST)
-        # store
-        z_off = tile_offsets(outer, inner, col, z_outer * VEC, z_inner * VEC, z_col, ROWS_LAST)
-        tl.store(z_ptr + z_off, z, mask=mask)
+    key, last_word = load_seed(seed_ptr, origin.sample)
+    group, col = columns_at(tl.program_id(0), origin, BLOCK_K)
+    for row_block in range(tl.program_id(1), rows.blocks, tl.num_programs(1)):
+        row, place = tile_at(rows, row_block, col, ROWS_LAST, VEC, BLOCK_R)
+        drawn = normal_tile(key, last_word, origin.row0 + row, group, ROWS_LAST)
+        store(z, place, drawn, ROWS_LAST, VEC)
 
 
 def noise(seed, shape, dim, row0, col0, sample):
@@ -187,6 +161,6 @@ def noise(seed, shape, dim, row0, col0, sample):
     tile = tiling(dim, col0, TILE_ELEMENTS, z)
     with on_device(z):
         _noise_kernel[tile.grid(z.device)](
-            z, seed, *tile.arguments(row0), sample, **tile.constants()
+            *tile.operands(z), seed, tile.rows(), origin(row0, col0, sample), **tile.constants()
         )
     return z

@@ -11,7 +11,16 @@ import triton.language as tl
 
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
-from .tiles import EXACT, columns_at, flat_rows, num_multiprocessors, on_device, origin
+from .tiles import (
+    EXACT,
+    columns_at,
+    dense,
+    flat_rows,
+    load_matrix,
+    num_multiprocessors,
+    on_device,
+    origin,
+)
 
 # Of a program of four warps, 16 numbers of each operand a thread; half of it for float64.
 TILE_ELEMENTS = 2048
@@ -48,12 +57,6 @@ def _root(x):
 
 
 @triton.jit
-def _rows(ptr, row, col, mask, row_stride, dtype: tl.constexpr):
-    """[BR, BK]"""
-    return tl.load(ptr + (row * row_stride)[:, None] + col[None, :], mask=mask, other=0.0).to(dtype)
-
-
-@triton.jit
 def _norm_fwd_kernel(
     u_ptr,  # [M, K], written
     stats_ptr,  # [2, M] if CENTRED, else [1, M]: mean, rstd; float32 or float64, written
@@ -66,10 +69,7 @@ def _norm_fwd_kernel(
     K,
     u_row,  # strides in elements
     x_row,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    origin,
     factor: tl.float64,
     eps: tl.float64,
     offset: tl.float64,
@@ -81,7 +81,7 @@ def _norm_fwd_kernel(
 ):
     # where
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
-    key, last_word = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, origin.sample)
     for row_block in range(tl.program_id(0), tl.cdiv(M, BLOCK_R), tl.num_programs(0)):
         row = tl.cast(row_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         # load, and the sums along a row
@@ -89,18 +89,18 @@ def _norm_fwd_kernel(
         x = tl.zeros([BLOCK_R, BLOCK_K], dtype)
         if CENTRED:
             for c in range(COL_BLOCKS):
-                _, col = columns_at(c, group0, shift, BLOCK_K)
+                _, col = columns_at(c, origin, BLOCK_K)
                 mask = (row < M)[:, None] & ((col >= 0) & (col < K))[None, :]
-                x = _rows(x_ptr, row, col, mask, x_row, dtype)
+                x = load_matrix(x_ptr, row, col, mask, x_row, dtype)
                 sums += tl.sum(x, axis=1)
         mean = sums / K
         squares = tl.zeros([BLOCK_R], dtype)
         for c in range(COL_BLOCKS):
-            _, col = columns_at(c, group0, shift, BLOCK_K)
+            _, col = columns_at(c, origin, BLOCK_K)
             inside = (col >= 0) & (col < K)
             mask = (row < M)[:, None] & inside[None, :]
             if not CENTRED or COL_BLOCKS > 1:
-                x = _rows(x_ptr, row, col, mask, x_row, dtype)
+                x = load_matrix(x_ptr, row, col, mask, x_row, dtype)
             centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
             squares += tl.sum(centred * centred, axis=1)
         rstd = 1.0 / _root(squares / K + tl.cast(eps, dtype))
@@ -110,16 +110,16 @@ def _norm_fwd_kernel(
         else:
             tl.store(stats_ptr + row, rstd, mask=row < M)
         for c in range(COL_BLOCKS):
-            group, col = columns_at(c, group0, shift, BLOCK_K)
+            group, col = columns_at(c, origin, BLOCK_K)
             inside = (col >= 0) & (col < K)
             mask = (row < M)[:, None] & inside[None, :]
             if COL_BLOCKS > 1:
-                x = _rows(x_ptr, row, col, mask, x_row, dtype)
+                x = load_matrix(x_ptr, row, col, mask, x_row, dtype)
             # compute
             weight = _weight(weight_ptr, col, inside, offset, dtype)
             bias = _columns(bias_ptr, col, inside, 0.0, dtype)
             scale = noise_scale(sigma_ptr, col, inside, factor, LOG_VARIANCE, dtype)
-            z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
+            z = normal_tile(key, last_word, origin.row0 + row, group, False).to(dtype)
             h = (x - mean[:, None]) * rstd[:, None]
             y = tl.fma(
                 h,
@@ -159,8 +159,8 @@ def _norm_sums_kernel(
         inside = col < K
         mask = inside[None, :]
         weight = _weight(weight_ptr, col, inside, offset, dtype)
-        g = _rows(du_ptr, row, col, mask, du_row, dtype) * weight[None, :]
-        h = (_rows(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
+        g = load_matrix(du_ptr, row, col, mask, du_row, dtype) * weight[None, :]
+        h = (load_matrix(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
         sums += tl.sum(g, axis=1)
         products += tl.sum(g * h, axis=1)
     tl.store(means_ptr + row, sums / K)
@@ -182,10 +182,7 @@ def _norm_bwd_kernel(
     dx_row,
     du_row,
     x_row,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    origin,
     offset: tl.float64,
     CENTRED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -196,8 +193,8 @@ def _norm_bwd_kernel(
 ):
     # where
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
-    key, last_word = load_seed(seed_ptr, sample)
-    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
+    key, last_word = load_seed(seed_ptr, origin.sample)
+    group, col = columns_at(tl.program_id(0), origin, BLOCK_K)
     inside = (col >= 0) & (col < K)
     weight = _weight(weight_ptr, col, inside, offset, dtype)
     dweight = tl.zeros([BLOCK_R, BLOCK_K], dtype)
@@ -209,8 +206,8 @@ def _norm_bwd_kernel(
         # load
         rstd = tl.load(stats_ptr + row + (M if CENTRED else 0), mask=row < M, other=0.0)
         mean = tl.load(stats_ptr + row, mask=row < M, other=0.0) if CENTRED else rstd * 0.0
-        du = _rows(du_ptr, row, col, mask, du_row, dtype)
-        h = (_rows(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
+        du = load_matrix(du_ptr, row, col, mask, du_row, dtype)
+        h = (load_matrix(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
         # compute
         g = du * weight[None, :]
         if WHOLE:
@@ -228,7 +225,7 @@ def _norm_bwd_kernel(
         if HAS_BIAS:
             dbias += du
         if DRAWS:
-            z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
+            z = normal_tile(key, last_word, origin.row0 + row, group, False).to(dtype)
             dsigma = tl.fma(du, z, dsigma)
     out = tl.cast(tl.program_id(1), tl.int64) * K + col
     each = tl.cast(tl.num_programs(1), tl.int64) * K
@@ -238,11 +235,6 @@ def _norm_bwd_kernel(
         tl.store(partial_ptr + each + out, tl.sum(dbias, axis=0), mask=inside)
     if DRAWS:
         tl.store(partial_ptr + 2 * each + out, tl.sum(dsigma, axis=0), mask=inside)
-
-
-def _dense(*columns):
-    """The vectors side by side in memory, None as it is"""
-    return [None if t is None else t.contiguous() for t in columns]
 
 
 def _whole_columns(dtype):
@@ -270,7 +262,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
     if u.numel() == 0:
         return u, stats.zero_()  # of nothing
     rows, flat_u = flat_rows(x), flat_rows(u)
-    weight, bias, sigma = _dense(weight, bias, sigma)
+    weight, bias, sigma = dense(weight, bias, sigma)
     tile = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
     grid = (min(triton.cdiv(m, tile["BLOCK_R"]), 32 * num_multiprocessors(x.device)),)
     tensors = (flat_u, stats, rows, weight, bias, sigma, seed)
@@ -279,8 +271,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
         _norm_fwd_kernel[grid](
             *tensors,
             *sizes,
-            *origin(row0, col0),
-            *(sample, factor, eps, offset),
+            *(origin(row0, col0, sample), factor, eps, offset),
             CENTRED=centred,
             LOG_VARIANCE=log_variance,
             COL_BLOCKS=triton.cdiv(k + shift, tile["BLOCK_K"]),
@@ -297,7 +288,7 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
     _, row0, col0, sample, factor, log_variance, kind, offset = draw_and_norm
     m, k, shift = x.shape[:-1].numel(), x.shape[-1], col0 % 8
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    weight, bias, sigma = columns = _dense(weight, bias, sigma)
+    weight, bias, sigma = columns = dense(weight, bias, sigma)
     grads = [
         du.new_empty(0, dtype=torch.float32) if t is None else torch.empty_like(t) for t in columns
     ]
@@ -326,8 +317,7 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
         _norm_bwd_kernel[(col_blocks, programs)](
             *(partial, flat_dx, flat_du, rows, stats, means, weight, seed),
             *(m, k, flat_dx.stride(0), *strides),
-            *origin(row0, col0),
-            *(sample, offset),
+            *(origin(row0, col0, sample), offset),
             HAS_BIAS=bias is not None,
             DRAWS=sigma is not None,
             WHOLE=whole,

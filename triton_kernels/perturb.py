@@ -12,10 +12,12 @@ from .tiles import (
     TILE_ELEMENTS,
     across,
     columns_at,
+    dense,
+    load,
     on_device,
-    rows_at,
-    tile_mask,
-    tile_offsets,
+    origin,
+    store,
+    tile_at,
     tiling,
 )
 
@@ -44,30 +46,13 @@ def noise_scale(
 
 @triton.jit
 def perturb_fwd_kernel(
-    u_ptr,  # [rows, K], written
-    a_ptr,  # [rows, K]
-    b_ptr,  # [rows, K], or None
+    rows,  # first: behind the operands the compiler takes more registers for channels
+    u,  # written
+    a,
+    b,  # its ptr may be None
     sigma_ptr,  # [K] float32 or float64
     seed_ptr,  # [2] int64: key, stream
-    num_row_blocks,
-    num_outer,
-    num_inner,
-    outer_step,
-    inner_step,
-    K,  # from num_row_blocks to shift: Tiling.arguments
-    u_outer,  # from here to row0: strides in elements
-    u_inner,
-    u_col,
-    a_outer,
-    a_inner,
-    a_col,
-    b_outer,
-    b_inner,
-    b_col,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    origin,
     factor: tl.float64,
     ACTIVATION: tl.constexpr,
     LOG_VARIANCE: tl.constexpr,
@@ -78,58 +63,41 @@ def perturb_fwd_kernel(
 ):
     """u = act(a) b + factor s z; perturb's own act is "identity", and gate.py has the others"""
     # where
-    key, last_word = load_seed(seed_ptr, sample)
-    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
-    col_mask = (col >= 0) & (col < K * VEC)
-    dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    key, last_word = load_seed(seed_ptr, origin.sample)
+    group, col = columns_at(tl.program_id(0), origin, BLOCK_K)
+    col_mask = (col >= 0) & (col < rows.K * VEC)
+    dtype: tl.constexpr = tl.float64 if a.ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
-    for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
-        outer, inner, row = rows_at(
-            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
-        )
-        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
+    for row_block in range(tl.program_id(1), rows.blocks, tl.num_programs(1)):
+        row, place = tile_at(rows, row_block, col, ROWS_LAST, VEC, BLOCK_R)
         # load
-        a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
-        y = act(tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype), ACTIVATION)
-        if b_ptr is not None:
-            b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
-            y *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
+        y = act(load(a, place, dtype, ROWS_LAST, VEC), ACTIVATION)
+        if b.ptr is not None:
+            y *= load(b, place, dtype, ROWS_LAST, VEC)
         # compute
-        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
+        z = normal_tile(key, last_word, origin.row0 + row, group, ROWS_LAST).to(dtype)
         _, s = across(row, scale, ROWS_LAST)
-        u = tl.fma(tl.broadcast_to(s, z.shape), z, y)
         # store
-        u_off = tile_offsets(outer, inner, col, u_outer * VEC, u_inner * VEC, u_col, ROWS_LAST)
-        tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
+        store(u, place, tl.fma(tl.broadcast_to(s, z.shape), z, y), ROWS_LAST, VEC)
+
+
+@triton.jit
+def store_partial(partial_ptr, total, K, col, col_mask, ROWS_LAST: tl.constexpr):
+    """A program's sums over its rows, into partial [row programs, K]"""
+    out = tl.cast(tl.program_id(1), tl.int64) * K + col
+    tl.store(partial_ptr + out, tl.sum(total, axis=1 if ROWS_LAST else 0), mask=col_mask)
 
 
 @triton.jit
 def _perturb_bwd_kernel(
+    u,  # written where there is x
+    du,
+    x,  # its ptr may be None
     partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written
-    u_ptr,  # [rows, K], written where there is x
-    du_ptr,  # [rows, K]
-    x_ptr,  # [rows, K], or None
     sigma_ptr,  # [K] float32 or float64, read where there is x
     seed_ptr,  # [2] int64: key, stream
-    num_row_blocks,
-    num_outer,
-    num_inner,
-    outer_step,
-    inner_step,
-    K,
-    u_outer,
-    u_inner,
-    u_col,
-    du_outer,
-    du_inner,
-    du_col,
-    x_outer,
-    x_inner,
-    x_col,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
+    rows,
+    origin,
     factor: tl.float64,
     LOG_VARIANCE: tl.constexpr,
     ROWS_LAST: tl.constexpr,
@@ -138,38 +106,23 @@ def _perturb_bwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # where
-    row_program = tl.program_id(1)
-    key, last_word = load_seed(seed_ptr, sample)
-    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
-    col_mask = (col >= 0) & (col < K * VEC)
+    key, last_word = load_seed(seed_ptr, origin.sample)
+    group, col = columns_at(tl.program_id(0), origin, BLOCK_K)
+    col_mask = (col >= 0) & (col < rows.K * VEC)
     dtype: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
-    if x_ptr is not None:
+    if x.ptr is not None:
         scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
     total = tl.zeros([BLOCK_K, BLOCK_R] if ROWS_LAST else [BLOCK_R, BLOCK_K], dtype)
-    for row_block in range(row_program, num_row_blocks, tl.num_programs(1)):
-        outer, inner, row = rows_at(
-            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
-        )
-        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
-        # load
-        du_off = tile_offsets(outer, inner, col, du_outer * VEC, du_inner * VEC, du_col, ROWS_LAST)
-        du = tl.load(du_ptr + du_off, mask=mask, other=0.0).to(dtype)
-        # compute
-        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
-        total = tl.fma(du, z, total)
-        if x_ptr is not None:
-            x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
-            x = tl.load(x_ptr + x_off, mask=mask, other=0.0).to(dtype)
+    for row_block in range(tl.program_id(1), rows.blocks, tl.num_programs(1)):
+        row, place = tile_at(rows, row_block, col, ROWS_LAST, VEC, BLOCK_R)
+        g = load(du, place, dtype, ROWS_LAST, VEC)
+        z = normal_tile(key, last_word, origin.row0 + row, group, ROWS_LAST).to(dtype)
+        total = tl.fma(g, z, total)
+        if x.ptr is not None:
+            y = load(x, place, dtype, ROWS_LAST, VEC)
             _, s = across(row, scale, ROWS_LAST)
-            u = tl.fma(tl.broadcast_to(s, z.shape), z, x)
-            u_off = tile_offsets(outer, inner, col, u_outer * VEC, u_inner * VEC, u_col, ROWS_LAST)
-            tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
-    # store
-    tl.store(
-        partial_ptr + tl.cast(row_program, tl.int64) * K * VEC + col,
-        tl.sum(total, axis=1 if ROWS_LAST else 0),
-        mask=col_mask,
-    )
+            store(u, place, tl.fma(tl.broadcast_to(s, z.shape), z, y), ROWS_LAST, VEC)
+    store_partial(partial_ptr, total, rows.K * VEC, col, col_mask, ROWS_LAST)
 
 
 @triton.jit
@@ -225,9 +178,8 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_d
         return u.copy_(perturb(x.contiguous(), sigma, seed, *draw, out_dtype))
     with on_device(x):
         perturb_fwd_kernel[tile.grid(x.device)](
-            *(u, x, None, sigma.contiguous(), seed),
-            *tile.arguments(row0),
-            *(sample, factor),
+            *(tile.rows(), *tile.operands(u, x, None)),
+            *(sigma.contiguous(), seed, origin(row0, col0, sample), factor),
             ACTIVATION="identity",
             LOG_VARIANCE=log_variance,
             **tile.constants(),
@@ -245,19 +197,17 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     elements = SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS
     tile = tiling(dim, col0, elements, u, du, x)
     if tile is None:
-        du, x = du.contiguous(), x.contiguous() if replay else None
         draw = (dim, row0, col0, sample, factor, log_variance)
-        dense, dsigma = _bwd(du, x, sigma, seed, *draw, out_dtype)
-        return u.copy_(dense) if replay else None, dsigma
+        dense_u, dsigma = _bwd(*dense(du, x), sigma, seed, *draw, out_dtype)
+        return u.copy_(dense_u) if replay else None, dsigma
     grid = tile.sum_grid(du.device)
     dtype = torch.promote_types(du.dtype, torch.float32)
     dtype = torch.promote_types(dtype, x.dtype) if replay else dtype
     partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
     with on_device(du):
         _perturb_bwd_kernel[grid](
-            *(partial, u, du, x, sigma, seed),
-            *tile.arguments(row0),
-            *(sample, factor),
+            *tile.operands(u, du, x),
+            *(partial, sigma, seed, tile.rows(), origin(row0, col0, sample), factor),
             LOG_VARIANCE=log_variance,
             **tile.constants(),
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,38 +22,76 @@ EXACT = {"enable_fp_fusion": False}
 TILE_ELEMENTS = 4096
 
 
+class Origin(NamedTuple):
+    """Where a draw begins, as kernels take it: col0 in two parts, so that the compiler knows a
+    shift of 0."""
+
+    row0: int
+    group0: int  # col0 // 8
+    shift: int  # col0 % 8
+    sample: int
+
+
+class Rows(NamedTuple):
+    """What kernels walk through: of K columns, which come divided by VEC"""
+
+    blocks: int  # over (outer, blocks of inner)
+    num_outer: int
+    num_inner: int
+    outer_step: int
+    inner_step: int
+    K: int
+
+
+class Operand(NamedTuple):
+    """A tensor [rows, K] as kernels take it, with its strides; outer and inner come divided by
+    VEC"""
+
+    ptr: torch.Tensor | None
+    outer: int
+    inner: int
+    col: int
+
+
+def origin(row0: int, col0: int, sample: int) -> Origin:
+    return Origin(row0, col0 // 8, col0 % 8, sample)
+
+
 @triton.jit
-def rows_at(
-    row_block,  # scalar: index over (outer, blocks of inner)
-    num_outer,
-    num_inner,
-    outer_step,
-    inner_step,
+def tile_at(
+    rows,
+    row_block,  # scalar
+    col,  # [BLOCK_K] int64
+    ROWS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """outer (scalar), inner [BLOCK_R] and the row number [BLOCK_R] of a row block, int64"""
+    """The row numbers [BLOCK_R] of a row block, int64; and where a tile of it and the columns lies,
+    for `load` and `store`: outer (scalar), inner [BLOCK_R], col, and the tile's mask"""
     # A size of one is a constant to the compiler: ordinary rows pay for no division.
-    if num_outer == 1:
+    if rows.num_outer == 1:
         outer = tl.cast(0, tl.int64)
         inner = tl.cast(row_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     else:
-        num_blocks = tl.cdiv(num_inner, BLOCK_R)
+        num_blocks = tl.cdiv(rows.num_inner, BLOCK_R)
         outer = tl.cast(row_block // num_blocks, tl.int64)
         inner = tl.cast(row_block % num_blocks, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    return outer, inner, outer * outer_step + inner * inner_step
+    row = outer * rows.outer_step + inner * rows.inner_step
+    in_row, in_col = across(inner < rows.num_inner, (col >= 0) & (col < rows.K * VEC), ROWS_LAST)
+    return row, (outer, inner, col, in_row & in_col)
 
 
 @triton.jit
 def columns_at(
     col_block,  # scalar
-    group0,  # scalar: col0 // 8
-    shift,  # scalar: col0 % 8; the first tile starts `shift` columns before the first column
+    origin,  # the first tile starts `shift` columns before the first column
     BLOCK_K: tl.constexpr,
 ):
     """Philox groups [BLOCK_K / 8] and columns [BLOCK_K] of a column block, int64; a column may be
     negative"""
     first = tl.cast(col_block, tl.int64) * BLOCK_K
-    return group0 + first // 8 + tl.arange(0, BLOCK_K // 8), first + tl.arange(0, BLOCK_K) - shift
+    group = origin.group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
+    return group, first + tl.arange(0, BLOCK_K) - origin.shift
 
 
 @triton.jit
@@ -65,24 +104,26 @@ def across(row, col, ROWS_LAST: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(
-    outer, inner, col, stride_outer, stride_inner, stride_col, ROWS_LAST: tl.constexpr
-):
-    """Offsets in elements, int64."""
-    row, col = across(outer * stride_outer + inner * stride_inner, col * stride_col, ROWS_LAST)
+def _offsets(x, outer, inner, col, ROWS_LAST: tl.constexpr, VEC: tl.constexpr):
+    """In elements, int64"""
+    row = outer * (x.outer * VEC) + inner * (x.inner * VEC)
+    row, col = across(row, col * x.col, ROWS_LAST)
     return row + col
 
 
 @triton.jit
-def tile_mask(inner, num_inner, col, K, ROWS_LAST: tl.constexpr):
-    row, col = across(inner < num_inner, (col >= 0) & (col < K), ROWS_LAST)
-    return row & col
+def load(x, place, dtype: tl.constexpr, ROWS_LAST: tl.constexpr, VEC: tl.constexpr):
+    """A tile of an Operand, where `tile_at` says"""
+    outer, inner, col, mask = place
+    off = _offsets(x, outer, inner, col, ROWS_LAST, VEC)
+    return tl.load(x.ptr + off, mask=mask, other=0.0).to(dtype)
 
 
-def origin(row0: int, col0: int) -> tuple[int, int, int]:
-    """(row0, group0, shift) of a draw: a kernel is given col0 in these two parts, so that the
-    compiler knows a shift of 0."""
-    return row0, col0 // 8, col0 % 8
+@triton.jit
+def store(x, place, tile, ROWS_LAST: tl.constexpr, VEC: tl.constexpr):
+    outer, inner, col, mask = place
+    off = _offsets(x, outer, inner, col, ROWS_LAST, VEC)
+    tl.store(x.ptr + off, tile.to(x.ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -123,13 +164,14 @@ class Tiling:
         fill = triton.cdiv(4 * num_multiprocessors(device), self.col_blocks)
         return self.col_blocks, min(self.row_blocks, fill)
 
-    def arguments(self, row0: int) -> tuple[int, ...]:
-        """What every kernel takes, from num_row_blocks to shift: sizes, strides, first row and
-        column"""
-        sizes = (self.row_blocks, self.num_outer, self.num_inner, self.outer_step, self.inner_step)
-        vec = self.vec
-        strides = (n for out, inn, col in self.strides for n in (out // vec, inn // vec, col))
-        return *sizes, self.k // vec, *strides, *origin(row0, self.col0)
+    def operands(self, *tensors: torch.Tensor | None) -> list[Operand]:
+        """In the order of `tiling`"""
+        vec, strides = self.vec, zip(tensors, self.strides, strict=True)
+        return [Operand(t, outer // vec, inner // vec, col) for t, (outer, inner, col) in strides]
+
+    def rows(self) -> Rows:
+        sizes = (self.num_outer, self.num_inner, self.outer_step, self.inner_step)
+        return Rows(self.row_blocks, *sizes, self.k // self.vec)
 
     def constants(self) -> dict[str, int | bool]:
         """What every kernel takes by name, the compiler's option too"""
@@ -203,6 +245,17 @@ def tiling(dim: int, col0: int, elements: int, *operands: torch.Tensor | None) -
     of_operands = tuple((0, 0, 0) if t is None else next(of_tensors) for t in operands)
     layout = (of_operands, rows_last, 8 if vectors else 1)
     return Tiling(k, *outer[:2], *inner[:2], *layout, col0, block_r, block_k)
+
+
+@triton.jit
+def load_matrix(ptr, row, col, mask, row_stride, dtype: tl.constexpr):
+    """A tile [R, C] of columns side by side; zeros outside"""
+    return tl.load(ptr + (row * row_stride)[:, None] + col[None, :], mask=mask, other=0.0).to(dtype)
+
+
+def dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors contiguous, None as it is"""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def flat_rows(x: torch.Tensor) -> torch.Tensor:
