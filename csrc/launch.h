@@ -63,8 +63,6 @@ struct CudaForm {
 const char* perturb_cuda(
     const PerturbArgs& args, const CudaForm& form, void* partials, void* stream);
 int64_t perturb_cuda_scratch(const PerturbArgs& args, const CudaForm& form);
-// Null where the kernels can run on the current device, else why not.
-const char* cuda_problem();
 
 // u = act(a) * b + sigma * z; back: da = du * b * act'(a), db = du * act(a), dsigma = sum over rows
 // of du * z.

@@ -149,9 +149,6 @@ DIP_EXPORT void dip_set_cuda_forms(int forms) {
   dip::cuda_forms().store(forms, std::memory_order_relaxed);
 }
 DIP_EXPORT int dip_cuda_forms() { return dip::cuda_forms().load(std::memory_order_relaxed); }
-// Null where the kernels can run on the current device, else what is missing, in one line: an older
-// driver, an older GPU.
-DIP_EXPORT const char* dip_cuda_problem() { return dip::cuda_problem(); }
 #endif
 // interface: backends.INTERFACE, of the schemas that these sources implement.
 DIP_EXPORT const char* dip_build_info() {

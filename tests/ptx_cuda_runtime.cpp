@@ -28,7 +28,7 @@ struct Memory {
   void (*fill)(uint64_t device, int byte, size_t bytes);
 };
 Memory memory = {};
-int multiprocessors = 3, next_error = 0, is_capturing = 0;
+int multiprocessors = 3, is_capturing = 0;
 
 int launch(const void* function, Size grid, Size block, void** arguments, size_t shared) {
   const auto found = kernels().find(function);
@@ -67,20 +67,10 @@ int cudaGetDevice(int* device) {
   *device = 0;
   return 0;
 }
-int cudaDeviceGetAttribute(int* value, int attribute, int) {
-  // cudaDevAttrMultiProcessorCount; capability 7.7 is none that exists
-  *value = attribute == 16 ? multiprocessors : 7;
+int cudaDeviceGetAttribute(int* value, int, int) {  // cudaDevAttrMultiProcessorCount
+  *value = multiprocessors;
   return 0;
 }
-int cudaDriverGetVersion(int* version) {
-  *version = 12040;
-  return 0;
-}
-int cudaRuntimeGetVersion(int* version) {
-  *version = 13000;
-  return 0;
-}
-int cudaFuncGetAttributes(void*, const void*) { return next_error; }
 const char* cudaGetErrorName(int) { return "cudaErrorStub"; }
 const char* cudaGetErrorString(int) { return "a launch was refused"; }
 int cudaStreamIsCapturing(void*, int* status) {
@@ -124,10 +114,5 @@ const char* stub_perturb(const dip::PerturbArgs* a, int form, void* partials, vo
 }
 int64_t stub_scratch(const dip::PerturbArgs* a, int form) {
   return dip::perturb_cuda_scratch(*a, form_of(form));
-}
-// What cuda_problem says where the runtime answers with `error`
-const char* stub_problem(int error) {
-  next_error = error;
-  return dip::cuda_problem();
 }
 }

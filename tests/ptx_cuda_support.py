@@ -99,7 +99,7 @@ class Library:
             path = self.folder / f"perturb_{multiprocessors}_{self.host}_{os.getpid()}.so"
             shutil.copyfile(self.folder / "perturb.so", path)
             library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
-            library.stub_perturb.restype = library.stub_problem.restype = ctypes.c_char_p
+            library.stub_perturb.restype = ctypes.c_char_p
             arguments = [
                 ctypes.POINTER(PerturbArgs),
                 ctypes.c_int,

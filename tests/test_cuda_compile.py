@@ -91,7 +91,7 @@ def test_cuda_library_loads_on_any_torch(tmp_path):
     glue = tmp_path / "glue.cu"
     glue.write_text(
         f'#include "{cuda_support.SOURCE}"\nextern "C" __attribute__((visibility("default"))) '
-        "const char* problem() { return dip::cuda_problem(); }\n"
+        "const char* problem() { return dip::describe(cudaFree(nullptr)); }\n"
     )
     printed(*nvcc, glue, "-o", library)
     code = f"import torch, ctypes; f = ctypes.CDLL({str(library)!r}).problem; f.restype = ctypes.c_char_p; print(f())"

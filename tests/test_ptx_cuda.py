@@ -457,15 +457,6 @@ def test_compiled_cuda_reports_a_refused_launch_and_goes_on(library, kernel, mon
     check(library, x, u, du, sigma)
 
 
-def test_compiled_cuda_reports_what_is_missing(library):
-    """An old driver and an old GPU: one clear line each."""
-    problem = library.load(3).stub_problem
-    old_driver, no_image, other, fine = (problem(error) for error in (35, 209, 9, 0))
-    assert b"driver offers CUDA 12.4" in old_driver and b"13.0" in old_driver
-    assert b"8.0" in no_image and b"7.7" in no_image
-    assert b"cudaErrorStub" in other and fine is None
-
-
 def test_every_compiled_cuda_kernel_ran(library):
     """Last: of all that the file launched."""
     ran = {name for name, *_ in library.launches}

@@ -464,30 +464,9 @@ Plan make_plan(const PerturbArgs& a, int64_t pixels, int resident, bool narrow) 
 const char* describe(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   static thread_local char message[256];
-  int driver = 0, runtime = 0, device = 0, major = 0, minor = 0;
-  if (error == cudaErrorInsufficientDriver) {
-    cudaDriverGetVersion(&driver);
-    cudaRuntimeGetVersion(&runtime);
-    if (!driver) return "there is no NVIDIA driver here";
-    std::snprintf(
-        message, sizeof(message),
-        "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, "
-        "or set DIPKERNELS_BACKEND=triton",
-        driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-  } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    std::snprintf(
-        message, sizeof(message),
-        "the CUDA kernels need a GPU of compute capability 8.0 or newer, or were built for others, "
-        "and this one is %d.%d: set DIPKERNELS_BACKEND=triton or reference",
-        major, minor);
-  } else {
-    std::snprintf(
-        message, sizeof(message), "CUDA error %s: %s", cudaGetErrorName(error),
-        cudaGetErrorString(error));
-  }
+  std::snprintf(
+      message, sizeof(message), "CUDA error %s: %s", cudaGetErrorName(error),
+      cudaGetErrorString(error));
   cudaGetLastError();  // so that the next call does not meet it again
   return message;
 }
@@ -614,11 +593,6 @@ const char* perturb_cuda(const PerturbArgs& a, const CudaForm& form, void* parti
   if (!a.features) return nullptr;
   if (a.dsigma) return a.u.data ? launch_types<true, true>(call) : launch_types<false, true>(call);
   return launch_types<true, false>(call);
-}
-
-const char* cuda_problem() {
-  cudaFuncAttributes attributes;
-  return describe(cudaFuncGetAttributes(&attributes, &column_sum_kernel<float>));
 }
 
 }  // namespace dip

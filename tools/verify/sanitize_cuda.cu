@@ -263,7 +263,6 @@ int main(int argc, char** argv) {
     return 2;
   }
   guarded = mode == "guards";
-  if (const char* problem = cuda_problem()) die("device", problem);
   if (planted == "race") race();
   const int launches = run();
   std::printf("sanitize_cuda: %d calls\n", launches);
