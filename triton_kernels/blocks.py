@@ -1,9 +1,8 @@
-"""triton_kernels/blocks.py: the tiles of the fused linear; run as a script, prints them.
-docs/maths.md, section 2."""
+"""triton_kernels/blocks.py: the tiles of the fused linear.  docs/maths.md, section 2."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,9 +16,6 @@ class Blocks:
     num_warps: int
     num_stages: int
     GROUP_M: int = 8
-
-    def kwargs(self) -> dict[str, int]:
-        return asdict(self)
 
 
 # Not measured yet: the largest tiles that compile without spills and fit the shared memory of the
@@ -121,15 +117,3 @@ def candidates(chosen: Blocks, op: str) -> list[Blocks]:
     if op == "fwd":
         found += [replace(b, BLOCK_N=max(16, b.BLOCK_N // 2)) for b in found]
     return list(dict.fromkeys(found))
-
-
-if __name__ == "__main__":
-    for arch, ops in TABLE.items():
-        for op in ops:
-            for size in (
-                (8192, 4096, 4096, 2),
-                (32, 1024, 1024, 2),
-                (65536, 64, 64, 2),
-                (4096, 1024, 1024, 4),
-            ):
-                print(f"sm_{arch} {op:10} M, N, K, itemsize = {size}: {blocks(op, arch, *size)}")

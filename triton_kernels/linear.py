@@ -273,7 +273,7 @@ def _tuned(kernel, op: str, chosen: Blocks):
     """The kernel with its candidates; a tile's choice holds for every number of rows."""
     configs = []
     for c in candidates(chosen, op):
-        block = {name: value for name, value in c.kwargs().items() if name.isupper()}
+        block = {name: value for name, value in vars(c).items() if name.isupper()}
         configs.append(triton.Config(block, c.num_warps, c.num_stages))
     return triton.autotune(configs, key=["N", "K"])(kernel)
 
@@ -289,7 +289,7 @@ def _launch(kernel, op: str, grid, chosen: Blocks, *args, **constants) -> None:
     if _autotunes() and not triton.knobs.runtime.interpret:
         kernel = _tuned(kernel, op, chosen)
     else:
-        constants.update(chosen.kwargs())
+        constants |= vars(chosen)
     kernel[grid](*args, **constants, **EXACT)
 
 
@@ -308,18 +308,10 @@ def _divided(shift: int, *sizes: int) -> tuple[int, list[int]]:
     return vec, [size // vec for size in sizes]
 
 
-def _check(x, weight, sigma, num_samples, activation) -> None:
+def _check(x, weight, num_samples, activation) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in OPERANDS:
             raise TypeError(f"{name}: expected one of {tuple(OPERANDS)}, got {tensor.dtype}")
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}"
-        )
-    if sigma.shape != weight.shape[1:]:
-        raise ValueError(
-            f"sigma: expected shape (K,) = ({weight.shape[1]},), got {tuple(sigma.shape)}"
-        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if activation is None and num_samples != 1:
@@ -381,11 +373,11 @@ def linear(
     sigma [K].
 
     u is rounded to the weight's type, as the layer's two-step form rounds it. Without an activation
-    num_samples is 1. out_dtype: default x's. Raises ValueError or TypeError for shapes, types or
-    activations it cannot take.
+    num_samples is 1. out_dtype: default x's. Raises ValueError or TypeError for what it cannot
+    take; shapes are checked before.
     """
     activation = None if activation == "identity" else activation
-    _check(x, weight, sigma, num_samples, activation)
+    _check(x, weight, num_samples, activation)
     flat = flat_rows(x)
     draw, scale = (row0, col0, sample, factor, log_variance), sigma.contiguous()
     how = (draw, num_samples, activation, out_dtype or x.dtype)
@@ -491,7 +483,7 @@ def linear_bwd(
     dbias [N] also without a bias.
     """
     activation = None if activation == "identity" else activation
-    _check(x, weight, sigma, num_samples, activation)
+    _check(x, weight, num_samples, activation)
     flat_x, flat_weight, flat_dy = flat_rows(x), flat_rows(weight), flat_rows(dy).contiguous()
     single = num_samples == 1
     total = None

@@ -29,7 +29,6 @@ class Kernel:
     Attributes:
         parameters: (name, offset, bytes) of each.
         text: Its body as text; a copy with another one is a mutant.
-        count: Instructions of all threads in the last run.
     """
 
     def __init__(self, name, parameters, directives, body, outside, variables):
@@ -43,7 +42,6 @@ class Kernel:
         )
         self.body: Body | None = None
         self.functions: dict = {}
-        self.count = 0
 
     def parse(self) -> None:
         """Once; the blocks become functions when they are first run."""
@@ -88,7 +86,7 @@ class Kernel:
         threads: int = 16384,
         ctas=None,
         steps: int = 200_000,
-    ) -> int:
+    ) -> None:
         """Runs the kernel.
 
         Args:
@@ -106,9 +104,6 @@ class Kernel:
             ctas: A function of the grid: the blocks to run, in their order. None: all.
             steps: Basic blocks after which a kernel counts as one that never ends.
 
-        Returns:
-            The number of instructions that threads executed.
-
         Raises:
             PTXError: The kernel did what no GPU lets it do, or what this interpreter does not know.
         """
@@ -125,7 +120,6 @@ class Kernel:
             else [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         )
         together = max(1, threads // (-(-size // WARP) * WARP))
-        self.count = 0
         with np.errstate(all="ignore"):
             for first in range(0, len(of), together):
                 run = Run(
@@ -140,13 +134,10 @@ class Kernel:
                     errors,
                 )
                 self._run(run, contract, steps)
-                self.count += run.instructions
-        return self.count
 
     def _run(self, run, contract, steps):
         registers = [None] * len(self.body.registers)
-        end, meet, blocks = self.body.exit, self.meet, self.body.blocks
-        everyone = int(run.live.sum())
+        end, meet = self.body.exit, self.meet
         stack = [(0, run.here, end)]  # (block, mask or None for all, block to stop at)
         while stack:
             pc, mask, stop = stack.pop()
@@ -163,9 +154,6 @@ class Kernel:
                 run.steps += 1
                 if run.steps > steps:
                     raise PTXError(f"{self.name}: did not end within {steps} basic blocks")
-                run.instructions += len(blocks[pc].instructions) * (
-                    everyone if mask is None else int(mask.sum())
-                )
                 try:
                     result = self._function(pc, mask is not None, contract)(run, registers, mask)
                 except PTXError as error:

@@ -41,7 +41,7 @@ class Run(Warps, SharedMemory, Matrices):
         self.epoch = np.ones(self.ctas, i32)
         self.stamp = (self.epoch[self.cta] << 11) | self.thread
         SharedMemory.__init__(self, kernel, dynamic, self.ctas, races)
-        self.instructions = self.steps = 0
+        self.steps = 0
 
     def _number(self, linear, grid, block, ctas):
         """The special registers; what is the same for all threads stays a scalar."""
