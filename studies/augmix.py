@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDTH, DEPTH, SEVERITY, WEIGHT = 3, 3, 3.0, 12.0
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # ---- operations: images [B, C, H, W] in 0 .. 1, level [B] of 0.1 .. SEVERITY, sign [B] of +-1
 
@@ -49,9 +50,8 @@ def solarize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     return torch.where(x < 1 - level[:, None, None, None] / 10, x, 1 - x)
 
 
-def _affine(x: Tensor, rows: list[list[Tensor]]) -> Tensor:
+def _affine(x: Tensor, matrix: Tensor) -> Tensor:
     """x where the matrix [2, 3] of each image points, bilinear, zeros from outside."""
-    matrix = torch.stack([torch.stack(row, -1) for row in rows], 1)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
 
@@ -60,32 +60,24 @@ def rotate(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     """By up to 30 degrees at severity 10."""
     angle, zero = sign * level * math.pi / 60, torch.zeros_like(level)
     cos, sin = angle.cos(), angle.sin()
-    return _affine(x, [[cos, -sin, zero], [sin, cos, zero]])
+    return _affine(x, torch.stack([cos, -sin, zero, sin, cos, zero], 1).unflatten(1, (2, 3)))
 
 
-def shear_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """By up to 0.3 at severity 10."""
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(x, [[one, 0.03 * sign * level, zero], [zero, one, zero]])
+def _entry(row: int, column: int, amount: Callable[[Tensor], Tensor]) -> Operation:
+    """The operation whose matrix is the identity but for one number, amount(sign * level)."""
+
+    def operation(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+        matrix = torch.eye(2, 3).repeat(len(x), 1, 1)
+        matrix[:, row, column] = amount(sign * level)
+        return _affine(x, matrix)
+
+    return operation
 
 
-def shear_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(x, [[one, zero, zero], [0.03 * sign * level, one, zero]])
-
-
-def translate_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """By up to a third of the side at severity 10; the side is 2 long in the grid's units."""
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(x, [[one, zero, sign * level / 15], [zero, one, zero]])
-
-
-def translate_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    one, zero = torch.ones_like(level), torch.zeros_like(level)
-    return _affine(x, [[one, zero, zero], [zero, one, sign * level / 15]])
-
-
-OPERATIONS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
+# By up to 0.3 at severity 10; by up to a third of the side, which is 2 long in the grid's units.
+shear_x, shear_y = (_entry(*place, lambda by: 0.03 * by) for place in ((0, 1), (1, 0)))
+translate_x, translate_y = (_entry(row, 2, lambda by: by / 15) for row in (0, 1))
+OPERATIONS: tuple[Operation, ...] = (
     autocontrast,
     equalize,
     posterize,
