@@ -8,16 +8,9 @@ import timing
 import torch
 
 CASES = networks.BLOCKS
-NAMES = (
-    "linear",
-    "linear, compiled",
-    "dip",
-    "dip, compiled",
-    *(n for n in peers.NAMES if n not in ("linear", "dip")),
-)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*peers.NAMES, *peers.COMPILED))
 def bench_block_step(name, device, case, build, timed):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plain = case.make().to(device, dtype)
