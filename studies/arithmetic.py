@@ -33,7 +33,6 @@ from parts import count
 from peft import LoraConfig, get_peft_model
 from results_page import (
     FOLDER,
-    PAGE,
     cell,
     chosen_runs,
     chosen_text,
@@ -51,7 +50,6 @@ from results_page import (
     write_table,
 )
 from torch import Tensor, nn
-from tqdm import tqdm
 from vision_methods import GaussianDropout
 
 import dipkernels as dip
@@ -263,6 +261,10 @@ class Study(results_page.Study):
         for method in METHODS:
             self.test(method)
 
+    def num_runs(self, parts: list[str]) -> int:
+        tests = len(METHODS) * len(self.seeds)
+        return self.num_tune() * ("tune" in parts) + tests * ("main" in parts)
+
 
 def overall(result: dict) -> float:
     return round(statistics.fmean(score["answer"] for score in result["scores"].values()), 2)
@@ -322,17 +324,17 @@ def plots(folder: Path) -> None:
             figures.save(fig, folder / f"arithmetic_{stage.lower()}.svg")
 
 
-def report(studies: dict[str, Study], page: Path, out: Path) -> None:
+def report(studies: list[Study], page: Path, out: Path) -> None:
     """Tables, figures and summary from what is stored; nothing is trained, and what is missing is
     said."""
-    stores = {stage: study.store for stage, study in studies.items()}
+    stores = {study.name: study.store for study in studies}
     for store in stores.values():
         store.makes = False
     whole = [
-        write_table(page, f"arithmetic-{stage.lower()}", lambda study=study: main_table(study))
-        for stage, study in studies.items()
+        write_table(page, f"arithmetic-{study.name.lower()}", lambda study=study: main_table(study))
+        for study in studies
     ]
-    if set(studies) == set(STAGES):
+    if set(stores) == set(STAGES):
         head = ["stage", "method", "setting: mean exact match on validation problems"]
         write_table(page, "arithmetic-search", lambda: search_table(head, stores))
         if all(whole):
@@ -355,21 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     args.models = args.out if args.quick else args.models
     set_up(args)
-    studies = {stage: Study(stage, args) for stage in args.stages}
-    total = sum(
-        study.num_tune() * ("tune" in args.parts)
-        + len(METHODS) * len(study.seeds) * ("main" in args.parts)
-        for study in studies.values()
-    )
-    with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
-        for study in studies.values():
-            study.bar = bar
-            run_parts(study, PARTS, args)
-            study.bar = tqdm(disable=True)
-    if "report" in args.parts:
-        folder = FOLDER if args.page == PAGE else args.out
-        report(studies, args.page, folder)
-        print(f"wrote {args.page} and {folder}")
+    run_parts([Study(stage, args) for stage in args.stages], PARTS, args, report)
 
 
 if __name__ == "__main__":

@@ -48,14 +48,27 @@ def set_up(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
 
 
-def run_parts(study: Study, steps: Iterable[str], args: argparse.Namespace) -> None:
-    """study.STEP() for each that --parts names, but the report."""
-    for step in steps:
-        if step in args.parts and step != "report":
-            try:
-                getattr(study, step)()
-            except NotStored as error:
-                raise SystemExit(str(error)) from None
+def run_parts(
+    studies: Sequence[Study],
+    steps: Sequence[str],
+    args: argparse.Namespace,
+    report: Callable[[Sequence[Study], Path, Path], None],
+) -> None:
+    """study.STEP() for each that --parts names; then the report, into the page and its folder."""
+    total = sum(study.num_runs(args.parts) for study in studies)
+    with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
+        for study in studies:
+            study.bar = bar
+            for step in (step for step in steps if step in args.parts and step != "report"):
+                try:
+                    getattr(study, step)()
+                except NotStored as error:
+                    raise SystemExit(str(error)) from None
+            study.bar = tqdm(disable=True)
+    if "report" in args.parts:
+        folder = FOLDER if args.page == PAGE else args.out
+        report(studies, args.page, folder)
+        print(f"wrote {args.page} and {folder}")
 
 
 def setting_text(setting: dict[str, float]) -> str:
@@ -197,8 +210,8 @@ class Store:
 class Study:
     """A network's or a stage's runs: a search for each method's setting, then tests with it.
 
-    Subclasses have config(method, setting, seed, part, **changes), measure(config) and
-    score(result), the mean that settings are chosen by.
+    Subclasses have config(method, setting, seed, part, **changes), measure(config), score(result),
+    the mean that settings are chosen by, and num_runs(parts).
     """
 
     def __init__(

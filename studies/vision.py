@@ -32,7 +32,6 @@ from parts import count
 from results_page import (
     FOLDER,
     NOT_RUN,
-    PAGE,
     NotStored,
     Store,
     cell,
@@ -51,7 +50,6 @@ from results_page import (
     write_table,
 )
 from torch import Tensor, nn
-from tqdm import tqdm
 from vision_methods import METHODS, SEVERAL, TRAININGS
 from vision_setup import (
     CORRUPTIONS,
@@ -640,18 +638,7 @@ def main(arguments: list[str] | None = None) -> None:
         plots(args.archs, args.trainings, FOLDER)
         return
     set_up(args)
-    studies = [Study(arch, args) for arch in args.archs]
-    with tqdm(
-        total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True
-    ) as bar:
-        for study in studies:
-            study.bar = bar
-            run_parts(study, PARTS, args)
-            study.bar = tqdm(disable=True)
-    if "report" in args.parts:
-        folder = FOLDER if args.page == PAGE else args.out
-        report(studies, args.page, folder)
-        print(f"wrote {args.page} and {folder}")
+    run_parts([Study(arch, args) for arch in args.archs], PARTS, args, report)
 
 
 if __name__ == "__main__":
