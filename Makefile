@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -17,17 +18,17 @@ BYTECODE = $(PY) -m compileall -qq -j 0 -x '/(tests|testing|models|mypyc?)/' $(V
 # What the build needs. With make -j 2 the compiler works while the rest is fetched.
 $(VENV)/.torch: requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c requirements-dev.txt torch setuptools wheel ninja
+	$(PIP) --no-compile -c requirements-dev.txt torch setuptools wheel ninja
 	$(BYTECODE)
 	touch $@
 
 $(VENV)/.deps: $(VENV)/.torch
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
+	$(PIP) --no-compile -r requirements-dev.txt
 	$(BYTECODE)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 # Workers of pytest, each with one thread; a file's tests stay together, and start in the order written.
@@ -49,11 +50,11 @@ compat: setup
 
 # nvcc into .venv, 270 MB, where there is no CUDA toolkit: without one the tests of the CUDA kernels' compiled code are skipped.
 nvcc: | $(VENV)/.deps
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nvcc.txt
+	$(PIP) --no-deps -r requirements-nvcc.txt
 
 # Other people's tools, installed on top of the pinned torch, which DeepSpeed's setup.py asks for.
 $(VENV)/.tools: requirements-tools.txt $(VENV)/.deps
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements-dev.txt -r requirements-tools.txt
+	$(PIP) --no-build-isolation -r requirements-dev.txt -r requirements-tools.txt
 	touch $@
 
 test-tools: setup $(VENV)/.tools
@@ -70,7 +71,7 @@ gpu-check:
 # bayesian-torch is one more peer; without it, it is listed as missing.
 out/.peers: | setup
 	mkdir -p out
-	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps bayesian-torch==0.5.0
+	-$(PIP) --no-deps bayesian-torch==0.5.0
 	touch $@
 
 bench: setup out/.peers
@@ -84,7 +85,7 @@ cost: setup
 	$(PY) benchmarks/cost.py
 
 $(VENV)/.studies: requirements-studies.txt $(VENV)/.deps
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-studies.txt
+	$(PIP) --no-deps -r requirements-studies.txt
 	touch $@
 
 # Every study, hours; stopped, it goes on where it was. studies/README.md says what they need.
@@ -123,15 +124,15 @@ wheel-check:
 # What building the wheel needs, and no more.
 setup-build:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PY) -m pip install --quiet --disable-pip-version-check setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 numpy
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 numpy
 	touch $(VENV)/.torch $(VENV)/.deps
 
 # The development environment with every file's hash checked. torch apart: which build of it is the machine's choice (TORCH_INDEX).
 setup-locked:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) --require-hashes --no-deps -r requirements-dev.lock
 	touch $(VENV)/.torch $(VENV)/.deps
 
 # Every package of the development environment at one version, with the hash of each of its files; but torch, as above, and what only
@@ -144,7 +145,7 @@ lock: | $(VENV)/.deps
 		awk '/^[a-z]/ { keep = !/^(torch==|nvidia-|cuda-)/ } keep' out/lock) > requirements-dev.lock
 
 docs: setup
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 typecheck: setup
@@ -154,23 +155,11 @@ typecheck: setup
 C_SOURCES := $(shell find csrc tests tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # What docs/reliability.md reports; each takes a --record that writes its figures there.
-sanitize: setup
-	$(PY) tools/verify/sanitize.py
+sanitize battery mutants ptx-mutants: setup
+	$(PY) tools/verify/$(subst -,_,$@).py
 
-battery: setup
-	$(PY) tools/verify/battery.py
-
-mutants: setup
-	$(PY) tools/verify/mutants.py
-
-ptx-mutants: setup
-	$(PY) tools/verify/ptx_mutants.py
-
-long-tests: setup
-	OMP_NUM_THREADS=1 $(PY) tools/verify/long_tests.py
-
-soak: setup
-	OMP_NUM_THREADS=1 $(PY) tools/verify/soak.py
+long-tests soak: setup
+	OMP_NUM_THREADS=1 $(PY) tools/verify/$(subst -,_,$@).py
 
 # docs/models.md has its table.
 sweep: setup
@@ -183,7 +172,7 @@ lint: setup
 
 # The workflows by GitHub's schema and for security, and the Dockerfile; tests/test_release.py checks the targets that they call.
 lint-release: setup
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-release.txt
+	$(PIP) -r requirements-release.txt
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/zizmor --offline --quiet .github/workflows
 	$(VENV)/bin/hadolint Dockerfile
