@@ -19,13 +19,11 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox4x32(
-    counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10
-) -> tuple[Tensor, ...]:
-    """Philox4x32: int64 tensors holding unsigned 32-bit words; broadcasts."""
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32 of ten rounds: int64 tensors holding unsigned 32-bit words; broadcasts."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(rounds):
+    for _ in range(10):
         # The 64-bit product wraps in int64; its two halves are still the right bits.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32

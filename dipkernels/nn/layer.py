@@ -49,8 +49,9 @@ class BesideWeights(Mixin):
         empty = self._is_empty()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if recurse and empty and not self._is_empty():
-            for variance in self._beside().values():
-                variance.start_anew()
+            for variance in self._beside().values():  # to_empty leaves them undefined
+                if variance.cannot_set() is None:
+                    variance.reset_parameters()
         return self
 
     def _load_from_state_dict(
@@ -301,7 +302,7 @@ def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None) -> Tens
 def fresh(
     layer: DIPLayer,
     x: Tensor,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None,
     sample: int = 0,
     seed: Tensor | None = None,
 ) -> Tensor:

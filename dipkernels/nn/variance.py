@@ -130,12 +130,6 @@ class Variance(nn.Module):
         if "log_variance" not in self._parameters:  # parametrised
             self.set_log_variance(self._initial("log_variance"))
 
-    def start_anew(self) -> None:
-        """After to_empty, which leaves it undefined: ln(init_variance), where a parametrisation
-        lets it be set."""
-        if self.cannot_set() is None:
-            self.reset_parameters()
-
     def set_log_variance(self, values: Tensor) -> None:
         """log_variance = values [K], the same on every rank; through the right_inverse of a
         parametrisation.
