@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .arguments import integer, one_of, real
 from .models.calibrate import PERS, amounts, calibrate
 from .models.convert import PLACES, convert, to_plain
-from .models.convertible import TWINS, base_layer, is_adapter
+from .models.convertible import TWINS, base_layer, is_adapter, of_peft
 from .models.marks import CONFIG
 from .models.parameters import load_variances, variances
 from .models.patterns import Patterns, around, shared_groups, strings
@@ -388,10 +388,8 @@ def remember_config(model: nn.Module, config: DIPConfig) -> None:
 
 
 def is_peft(model: nn.Module) -> bool:
-    """Whether PEFT's own class is around the model; peft is not imported for the question."""
-    return any(
-        c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__
-    )
+    """Whether PEFT's own class is around the model."""
+    return of_peft(model, "PeftModel")
 
 
 # ---- a folder ------------------------------------------------------------------------------------

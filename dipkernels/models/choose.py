@@ -27,8 +27,8 @@ from .convertible import (
     has_lazy_weights,
     is_candidate,
     is_inside,
-    keeps_original,
     no_twin,
+    of_peft,
     own_matrices,
     shown_together,
     unnoised,
@@ -164,10 +164,10 @@ def _matched(
 ) -> list[nn.Module]:
     """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its
     attention."""
-    spare = {
+    spare = {  # PEFT trains and calls copies of these
         m
         for wrapper in names
-        if keeps_original(wrapper)
+        if of_peft(wrapper, "ModulesToSaveWrapper")
         for m in wrapper.get_submodule("original_module").modules()
     }
     matched = [

@@ -85,25 +85,22 @@ def is_conv1d_type(kind: type | None) -> bool:
     return kind is not None and (kind.__module__, kind.__name__) == known
 
 
+def of_peft(module: nn.Module, name: str) -> bool:
+    """Whether it is of this class of PEFT's, which is not imported for the question."""
+    return any(
+        c.__name__ == name and c.__module__.startswith("peft.") for c in type(module).__mro__
+    )
+
+
 def is_adapter(module: nn.Module) -> bool:
     """Whether PEFT made it around another layer: what its forward computes is one function of its
     input."""
-    return any(
-        c.__name__ == "BaseTunerLayer" and c.__module__.startswith("peft.")
-        for c in type(module).__mro__
-    ) and hasattr(module, "base_layer")
+    return of_peft(module, "BaseTunerLayer") and hasattr(module, "base_layer")
 
 
 def base_layer(module: Any) -> Any:
     """The layer inside adapters, however many; a module that is none itself."""
     return module.get_base_layer() if is_adapter(module) else module
-
-
-def keeps_original(module: nn.Module) -> bool:
-    """Whether PEFT trains copies of a module here (modules_to_save), so that the original is not
-    called."""
-    kind = type(module)
-    return kind.__name__ == "ModulesToSaveWrapper" and kind.__module__.startswith("peft.")
 
 
 def _stands_for(base: nn.Module) -> type[nn.Module] | None:
