@@ -193,16 +193,30 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         self._at = (-1, 0)  # of this run, not of one before
         config = require_config(pl_module)
         if config.init_variance is None and _at_their_start(pl_module):
-            _require_forward(pl_module)
-            _require_one_loader(trainer.train_dataloader)
-            with untouched(pl_module):
-                first = list(itertools.islice(trainer.train_dataloader, self.calibration_batches))
-                first = [trainer.precision_plugin.convert_input(batch) for batch in first]
-            first = [trainer.strategy.batch_to_device(batch) for batch in first]
-            calibrate_as(pl_module, config, first)
+            calibrate_as(pl_module, config, self._first_batches(trainer, pl_module))
             one_start(pl_module)
         for optimizer in trainer.optimizers:
             require_groups(pl_module, optimizer, _WAY_OUT)
+
+    def _first_batches(self, trainer: Any, pl_module: Any) -> list[Any]:
+        """The first training batches, on the device, for a forward that takes them as they come."""
+        if type(pl_module).forward is pl.LightningModule.forward:
+            raise ValueError(
+                "batches: expected some, because the module has no forward to calibrate with, got "
+                "None; give the callback batches and the module a forward, or call dip.apply on "
+                "its network before, or set init_variance=... in the config"
+            )
+        loaders = trainer.train_dataloader
+        if isinstance(loaders, (Mapping, list, tuple)):
+            raise ValueError(
+                f"batches: expected some, because the training data are {len(loaders)} loaders, "
+                "whose batches the module's forward does not take as they come, got None; give the "
+                "callback batches, or set init_variance=... in the config"
+            )
+        with untouched(pl_module):
+            first = list(itertools.islice(loaders, self.calibration_batches))
+            first = [trainer.precision_plugin.convert_input(batch) for batch in first]
+        return [trainer.strategy.batch_to_device(batch) for batch in first]
 
     # ---- a step
 
@@ -305,21 +319,3 @@ def _with_kl(out: Any, pl_module: nn.Module, config: DIPConfig) -> Any:
         raise ValueError(f"training_step: expected a scalar loss, got {type(loss).__name__}")
     total = loss + kl_penalty(pl_module, config.kl).to(loss.device)
     return {**out, "loss": total} if isinstance(out, Mapping) else total
-
-
-def _require_forward(pl_module: Any) -> None:
-    if type(pl_module).forward is pl.LightningModule.forward:
-        raise ValueError(
-            "batches: expected some, because the module has no forward to calibrate with, got "
-            "None; give the callback batches and the module a forward, or call dip.apply on its "
-            "network before, or set init_variance=... in the config"
-        )
-
-
-def _require_one_loader(loaders: Any) -> None:
-    if isinstance(loaders, (Mapping, list, tuple)):
-        raise ValueError(
-            f"batches: expected some, because the training data are {len(loaders)} loaders, whose "
-            "batches the module's forward does not take as they come, got None; give the callback "
-            "batches, or set init_variance=... in the config"
-        )
