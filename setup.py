@@ -186,6 +186,16 @@ def capabilities(compiler):
     return list(CAPABILITIES) if is_x86(compiler) else ["portable"]
 
 
+def kernel_units(compiler):
+    """(stem of the file, name of the object, options) of every CPU kernel and instruction set"""
+    for name in capabilities(compiler):
+        lanes = "Portable" if name == "portable" else f"Twice<{name.capitalize()}>"
+        for stem, entries in CPU_KERNELS.items():
+            defines = [f"-DDIP_{entry.upper()}={entry}_{name}" for entry in entries]
+            isa = CAPABILITIES[name].split()
+            yield stem, f"{stem}_{name}", [*isa, f"-DDIP_LANES={lanes}", *defines]
+
+
 def quoted(text):
     """One word of a shell command inside a ninja file."""
     return shlex.quote(str(text)).replace("$", "$$")
@@ -231,12 +241,8 @@ def ninja_file(cpu, cuda, compiler, nvcc):
     units = [("operations.cpp", "operations", "-Itorch/include")]
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
-        for name in capabilities(compiler):
-            lanes = "Portable" if name == "portable" else f"'Twice<{name.capitalize()}>'"
-            isa = f"{CAPABILITIES[name]} -DDIP_LANES={lanes}"
-            for stem, entries in CPU_KERNELS.items():
-                defines = " ".join(f"-DDIP_{entry.upper()}={entry}_{name}" for entry in entries)
-                units.append((f"cpu/{stem}.cpp", f"{stem}_{name}", f"{isa} {defines}"))
+        for stem, name, options in kernel_units(compiler):
+            units.append((f"cpu/{stem}.cpp", name, shlex.join(options)))
     objects = []
     for source, name, extra in units:
         objects.append(f"{name}.o")
@@ -319,8 +325,9 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", tag) if self.distribution.ext_modules else (python, abi, tag)
 
 
-PLAN = plan()
-setup(
-    ext_modules=[Extension("dipkernels._C", [])] if any(PLAN[:2]) else [],
-    cmdclass={"build_py": FreshModules, "build_ext": NinjaBuild, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":  # tools/verify/sanitize.py and tests read it too
+    PLAN = plan()
+    setup(
+        ext_modules=[Extension("dipkernels._C", [])] if any(PLAN[:2]) else [],
+        cmdclass={"build_py": FreshModules, "build_ext": NinjaBuild, "bdist_wheel": PlatformWheel},
+    )

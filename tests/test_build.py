@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from program_support import PYTHON, printed, program_at, ran
-from source_support import ROOT
+from source_support import ROOT, module_at
 
 NO_COMPILER = {"PATH": "", "CXX": "", "NVCC": "", "DIPKERNELS_CPU": "", "DIPKERNELS_CUDA": ""}
 
@@ -190,14 +190,12 @@ def test_the_build_heeds_max_jobs_and_ldflags(odd_checkout, tmp_path):
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys):
     """Of all architectures; of what was asked for, it is to say that it cannot."""
     nvcc = program_at(tmp_path / "nvcc", "printf 'compute_%s\\n' 75 80 86 87 89 90")
-    head = (ROOT / "setup.py").read_text().split("PLAN = plan()")[0]
-    module = {"__file__": str(ROOT / "setup.py")}
-    exec(head, module)
+    cuda_archs = module_at("setup.py").cuda_archs
     monkeypatch.delenv("DIPKERNELS_CUDA_ARCHS", raising=False)
-    assert module["cuda_archs"](str(nvcc)) == ["80", "86", "89", "90"]
+    assert cuda_archs(str(nvcc)) == ["80", "86", "89", "90"]
     assert "knows no sm_100 sm_120: left out" in capsys.readouterr().out
     monkeypatch.setenv("DIPKERNELS_CUDA_ARCHS", "90 120")
-    assert module["cuda_archs"](str(nvcc)) == ["90", "120"]
+    assert cuda_archs(str(nvcc)) == ["90", "120"]
 
 
 @pytest.mark.parametrize("home, found", [("toolkit", "toolkit/bin/nvcc"), ("none", "nvcc")])

@@ -120,6 +120,7 @@ def test_linear_layers_of_one_input_keep_it_once():
         (dict(keep="y"), "keep: expected"),
         (dict(sigma=torch.ones(3)), "sigma: expected shape"),
         (dict(x=torch.ones(2, 9)), "sigma: expected shape"),
+        (dict(weight=torch.ones(4, 9)), r"weight: expected shape \(N, K = 8\), got \(4, 9\)"),
         (dict(sigma=-torch.ones(8)), "sigma: expected values >= 0"),
     ],
 )

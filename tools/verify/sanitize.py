@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,9 @@ from pathlib import Path
 
 from reliability import ROOT, command_line, record
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-CAPABILITIES = {
-    "portable": ("Portable", []),
-    "avx2": ("Twice<Avx2>", AVX2),
-    "avx512": ("Twice<Avx512>", AVX512),
-}
+sys.path.insert(0, str(ROOT))
+from setup import is_x86, kernel_units
+
 KINDS = {
     "guard": ["-O1"],
     "address": [
@@ -39,7 +36,6 @@ KINDS = {
     ],
     "thread": ["-O1", "-g", "-fsanitize=thread", "-DDIP_SANITIZED"],
 }
-STEMS = ("perturb", "expectation", "gate", "norm", "samples")  # compiled for each of them
 TESTS = (
     "tests/test_perturb.py",
     "tests/test_noise.py",
@@ -53,16 +49,10 @@ TESTS = (
 )
 
 
-def is_x86(compiler: str) -> bool:
-    done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True)
-    return done.stdout.startswith("x86_64")
-
-
 def build(kind: str, folder: Path) -> Path:
     """The program of one kind; it is built again when a source is newer. What is written has a
     folder of its own, and the program appears whole: two processes may build at once."""
     compiler = os.environ.get("CXX", "g++")
-    x86 = is_x86(compiler)
     program = folder / f"sanitize_kernels_{kind}"
     sources = [
         *(ROOT / "csrc").rglob("*.h"),
@@ -73,15 +63,11 @@ def build(kind: str, folder: Path) -> Path:
         return program
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w"]
-    flags += [*KINDS[kind], *["-DDIP_HAS_X86"] * x86]
+    flags += [*KINDS[kind], *["-DDIP_HAS_X86"] * is_x86(compiler)]
     cpu = ROOT / "csrc" / "cpu"
     units = [(sources[-1], "main", []), (cpu / "dispatch.cpp", "dispatch", [])]
-    for name, (lanes, extra) in CAPABILITIES.items():
-        if name != "portable" and not x86:
-            continue
-        entries = [f"-DDIP_{entry.upper()}={entry}_{name}" for entry in (*STEMS, "variance")]
-        options = [*extra, f"-DDIP_LANES={lanes}", "-DDIP_STREAM_BYTES=4096", *entries]
-        units += [(cpu / f"{stem}.cpp", f"{stem}_{name}", options) for stem in STEMS]
+    for stem, name, options in kernel_units(compiler):
+        units.append((cpu / f"{stem}.cpp", name, [*options, "-DDIP_STREAM_BYTES=4096"]))
 
     def compiled(unit: tuple[Path, str, list[str]], target: str) -> None:
         source, name, options = unit
