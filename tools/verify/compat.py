@@ -30,7 +30,7 @@ faults noise
 build docs release stems wheel
 benchmarks fuzz fuzz_examples gpu_check properties
 cluster_example digits examples_recipes studies_arithmetic studies_vision
-""".split()
+"""
 _VERSIONS = """
 import importlib.metadata as m, platform
 names = ("torch", "triton", "numpy")
@@ -102,7 +102,7 @@ def main() -> int:
     if args.jobs > 1:
         command += [f"-n{args.jobs}", "--dist=loadscope", "--no-loadscope-reorder"]
     if args.quick:
-        command += [f"--ignore=tests/test_{name}.py" for name in LONG]
+        command += [f"--ignore=tests/test_{name}.py" for name in LONG.split()]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     env = {**os.environ, "PYTHONPATH": path}
     if args.jobs > 1:  # as make test does
