@@ -571,7 +571,9 @@ def test_noise_before_what_has_no_weights_lies_where_its_input_does():
 
 
 def test_what_before_already_noises_is_not_named():
-    assert dip.check(dip.convert(nn.Sequential(Reads()), **at("0")), X)
+    with no_warning(dip.DIPConversionWarning):
+        model = dip.convert(nn.Sequential(Reads(), Reads()), **at("0", "1"))
+    assert dip.check(model, X)
 
 
 class Mixture(nn.Module):
