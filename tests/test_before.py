@@ -654,6 +654,29 @@ def test_a_part_a_copy_or_a_cast_hides_no_noise_that_would_come_twice(read, devi
         dip.convert(nn.Sequential(Reads()).to(device), before=["0"], batches=[batch])
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_another_part_of_the_tensor_that_a_module_gets_has_no_noise(dim):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, q, k):
+            return self.a(q * 2) + self.b(k)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = Heads()
+
+        def forward(self, x):
+            return self.heads(*x.chunk(2, dim))
+
+    x = torch.randn(4, 4, 16 if dim == 2 else 8)
+    with no_warning(dip.DIPConversionWarning):
+        dip.convert(Both(), before=["heads"], batches=[x])
+
+
 @pytest.mark.parametrize("options", [{"before": ["1"]}, {"place": "producer"}])
 def test_what_a_module_compiles_by_itself_is_probed_uncompiled(options):
     class Compiles(nn.Module):

@@ -340,8 +340,14 @@ class _Copies(TorchDispatchMode):
 
 
 def _part_of(x: object, y: Tensor) -> bool:
-    """Whether x is y, or a view of some of it."""
-    return storage_of(x) is not None and storage_of(x) == storage_of(y)
+    """Whether x is y, or a view of some of it: its first value is one of y's."""
+    if not isinstance(x, Tensor) or storage_of(x) is None or storage_of(x) != storage_of(y):
+        return False
+    place = x.storage_offset() - y.storage_offset()
+    for stride, size in sorted(zip(y.stride(), y.shape, strict=True), reverse=True):
+        if stride > 0:
+            place -= stride * max(0, min(place // stride, size - 1))
+    return place == 0
 
 
 def _features(name: str, dim: int, x: object, before: int | None) -> int:
