@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,16 +19,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+TRAIN = ROOT / "examples/cluster/train.py"
+
+
 def configuration():
     config = json.loads((ROOT / "examples/cluster/digits.json").read_text())
-    small = {
-        "model": {"width": 16, "depth": 1, "heads": 2},
-        "batch": 300,
-        "steps": 9,
-        "save_every": 4,
-        "lr": 1e-2,
-    }
-    return config | small | {"print_every": 4}  # five steps an epoch
+    small = {"model": {"width": 16, "depth": 1, "heads": 2}, "lr": 1e-2, "steps": 9}
+    return config | small | {"batch": 300, "save_every": 4, "print_every": 4}  # five steps an epoch
 
 
 def check_train(rank, world, out, kill_after=None):
@@ -74,34 +70,16 @@ def test_a_checkpoint_that_was_not_written_whole_is_not_named(one_rank, tmp_path
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps(configuration() | {"steps": 60, "save_every": 5})
-    )
-    finals = []
+    config, finals = tmp_path / "config.json", []
+    config.write_text(json.dumps(configuration() | {"steps": 60, "save_every": 5}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    settings |= {"LOGLEVEL": "INFO"}  # torchrun tells of a restart
     for kill in (False, True):
         out = tmp_path / str(kill)
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            "--max-restarts=1",
-        ]
-        command += [
-            str(ROOT / "examples/cluster/train.py"),
-            str(tmp_path / "config.json"),
-            "--out",
-            str(out),
-        ]
         process = subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                "LOGLEVEL": "INFO",  # torchrun tells of a restart
-            },
+            [PYTHON, *launcher, "--max-restarts=1", TRAIN, config, "--out", out],
+            env=os.environ | settings,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
