@@ -69,7 +69,7 @@ triton_kernels/expectation.py triton_kernels/mixtures.py: expectation ptx_triton
     triton_interpreter
 dipkernels/reference.py: noise perturb linear expectation producers properties
 dipkernels/**/seeds.py dipkernels/noise/*.py: seeds layers trajectories lifecycle faults worlds
-    checkpointing keys
+    checkpointing keys arguments
 dipkernels/**/row_blocks.py dipkernels/**/expectation.py: averaging properties
 dipkernels/**/functional.py: perturb linear averaging layers properties seeds worlds
     first_mistakes
@@ -81,16 +81,17 @@ dipkernels/**/tracing.py: tracing worlds
 dipkernels/**/decay.py: user_code_variance layers
 dipkernels/**/twin.py: before convert layers
 dipkernels/nn/*.py: layers seeds inputs user_code_variance user_code_loaders faults convert
+    averaging first_mistakes
 dipkernels/**/dtensor.py: tensor_parallel
 dipkernels/**/distributed.py: distributed tensor_parallel user_code_loaders
 dipkernels/**/analytic.py: analytic
 dipkernels/**/trajectories.py dipkernels/**/predict.py: trajectories objective
 dipkernels/training/*.py: objective trajectories recipe
 dipkernels/**/probe.py dipkernels/**/check.py: check before convert
-dipkernels/**/place.py dipkernels/**/readers.py dipkernels/**/gated.py: producer_plan
-    producer_modules before models
+dipkernels/**/place.py dipkernels/**/readers.py dipkernels/**/gated.py dipkernels/**/marks.py:
+    producer_plan producer_modules before models
 dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert calibrate
-    before first_mistakes recipe user_code_variance check user_code_loaders models adapters
+    before first_mistakes recipe user_code_variance check user_code_loaders models adapters config
 dipkernels/integrations/accelerate.py: integration_accelerate
 dipkernels/integrations/lightning.py: integration_lightning
 dipkernels/integrations/peft.py: integration_peft adapters user_code_loaders
