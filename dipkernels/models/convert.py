@@ -346,12 +346,16 @@ def _become_dip(
     features: int,
     device: torch.device | None,
 ) -> None:
-    module.__class__ = twin
+    plain, module.__class__ = type(module), twin
     module.__dict__.pop("forward", None)  # the plain class's
-    if twin is DIPMultiheadAttention:
-        module._set_up(start, num_samples)
-        return
-    module._set_up(features, start[""], num_samples, device)
+    try:
+        if twin is DIPMultiheadAttention:
+            module._set_up(start, num_samples)
+            return
+        module._set_up(features, start[""], num_samples, device)
+    except BaseException:  # without a variance it could do nothing, not even become plain again
+        module.__class__ = plain
+        raise
     base = base_layer(module)
     if base is not module and isinstance(base, DIPLayer):
         # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and
