@@ -143,6 +143,26 @@ def test_an_adapter_around_a_layer_that_had_noise_takes_the_noise_with_it():
         shared.add_adapter("wide", lora("up_proj"))
 
 
+class Packed(torch.nn.Linear):
+    """As HQQ's: in place of a weight it has bits."""
+
+    __module__ = "hqq.core.quantize"
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        del self.weight
+
+
+def test_the_noise_of_an_adapter_around_a_layer_without_weight_lies_where_the_adapter_does():
+    """As on a GPU; the meta device stands for one."""
+    adapter = peft.tuners.lora.Linear(
+        torch.nn.Linear(4, 3), "default", config=peft.LoraConfig(r=2), r=2
+    )
+    adapter.base_layer = Packed(4, 3)
+    (layer,) = dip.convert(torch.nn.Sequential(adapter.to("meta")))
+    assert layer.log_variance.is_meta
+
+
 @pytest.mark.parametrize("share", [(), (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))])
 @pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
 def test_a_merged_model_has_the_noise_that_the_adapters_had(share, method):

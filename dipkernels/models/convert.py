@@ -170,6 +170,8 @@ def convert(
     _warn_without_noise(choice)  # some make it an error: nothing has changed yet
     # From here on the model changes.
     devices |= {move.producer: move.device for move in made}
+    bare = [m for m in staying if weight_of(m) is None]  # an adapter around a layer of HQQ
+    devices |= {m: p.device for m in bare for p in [*m.parameters()][:1]}
     for module, twin in twins.items():
         start, width = starts.get(module, {}), features.get(module, 0)
         _become_dip(module, twin, start, num_samples, width, devices.get(module))
