@@ -702,6 +702,20 @@ def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(tmp_path):
     same(from_pretrained(transformers.ViTForImageClassification, folder), whole.model)
 
 
+def test_shards_of_a_model_are_loaded_once_and_lack_nothing(tmp_path, monkeypatch):
+    def trainer():
+        model = llama()
+        model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
+        return noisy(tmp_path, CONFIG, model, max_steps=4, **SAVING)
+
+    trainer().train()
+    monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
+    warned = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda said, *_: warned.append(said))
+    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not [said for said in warned if "missing keys" in said]
+
+
 # ---- several processes ---------------------------------------------------------------------------
 
 

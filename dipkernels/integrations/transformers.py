@@ -450,7 +450,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        self._dip_missing = set(load_result.missing_keys)
+        own = variance_tensors(self.model)  # missing to what compares names, as shards are loaded
+        missing = [name for name in load_result.missing_keys if name not in own]
+        self._dip_missing, load_result = set(missing), load_result._replace(missing_keys=missing)
         super()._issue_warnings_after_load(load_result)
 
     def _prepare_for_training(
