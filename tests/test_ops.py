@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import backends, functional, producers, testing
 from dipkernels.ops import registry
+from dipkernels.ops.activations import ACTIVATIONS
 from dipkernels.ops.draw import DTYPES, Draw
 from dipkernels.ops.expectation import expectation
 from dipkernels.ops.linear import linear
@@ -139,26 +140,36 @@ def test_ops_namespaces_have_one_schema():
 
 
 LAYERS = {
-    "keep": {"keep": "x"},
-    "mean": {"activation": "tanh", "estimator": "mean", "num_samples": 2},
-    "analytic": {"activation": "silu", "estimator": "analytic"},
+    "keep": [{"keep": "x"}],
+    "mean": [{"activation": a, "estimator": "mean", "num_samples": 2} for a in ACTIVATIONS],
+    "analytic": [{"activation": a, "estimator": "analytic"} for a in ACTIVATIONS],
 }
 
 
-def linear_layer(x, w, b, s, how):
-    return functional.dip_linear(x, w, b, s, SEED, **LAYERS[how])
+def linear_layer(x, w, b, s, how, most=None, **scale):
+    some = LAYERS[how][:most]
+    return sum(functional.dip_linear(x, w, b, s, SEED, **each, **scale) for each in some)
+
+
+def of_log_variances(x, w, b, s):
+    log = {"log_variance": True}
+    y = functional.perturb(x @ w + b, s, SEED, **log)
+    y = y + producers.norm(x, w[0], b, s, SEED, kind="layer", eps=1e-3, **log)
+    y = y + producers.gate(x, x @ w + b, s, SEED, kind="silu", **log)
+    return y + sum(linear_layer(x, w, b, s, how, 1, **log) for how in LAYERS)
 
 
 # Each function with a backward pass of its own, of x, a matrix, and two vectors.
 FUNCTIONS = {
     "perturb": lambda x, w, b, s: functional.perturb(x @ w + b, s, SEED),
     **{how: functools.partial(linear_layer, how=how) for how in LAYERS},
-    "without a bias": lambda x, w, b, s: b * sum(linear_layer(x, w, None, s, h) for h in LAYERS),
+    "without a bias": lambda x, w, b, s: b * sum(linear_layer(x, w, None, s, h, 1) for h in LAYERS),
     "expectation": lambda x, w, b, s: functional.expectation(x @ w + b, s, "tanh"),
     "norm": lambda x, w, b, s: producers.norm(x, w[0], b, s, SEED, kind="layer", eps=1e-3),
     "rms": lambda x, w, b, s: producers.norm(x @ w, None, b, s, SEED, kind="rms", eps=1e-3),
     "activate": lambda x, w, b, s: producers.activate(x @ w + b, s, SEED, kind="tanh"),
     "gate": lambda x, w, b, s: producers.gate(x, x @ w + b, s, SEED, kind="silu"),
+    "log variances": of_log_variances,
 }
 
 
