@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 class Layers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.input, self.linear = DIPInput(8), DIPLinear(8, 12)
+        self.input, self.linear = DIPInput(8), DIPLinear(8, 12, num_samples=2)
         self.conv, self.head = DIPConv2d(3, 4, 2), nn.Linear(4, 3)
         number_layers(self)
 
