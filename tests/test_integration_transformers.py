@@ -711,7 +711,9 @@ def test_shards_of_a_model_are_loaded_once_and_lack_nothing(tmp_path, monkeypatc
     trainer().train()
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
     warned = []
-    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda said, *_: warned.append(said))
+    monkeypatch.setattr(
+        transformers.trainer.logger, "warning", lambda said, *_: warned.append(said)
+    )
     trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert not [said for said in warned if "missing keys" in said]
 
@@ -1166,7 +1168,17 @@ def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_a
     trainer(model, torch.optim.AdamW(dip.param_groups(model, 1e-3, weight_decay=0.1))).train()
     with pytest.raises(ValueError, match="neither FSDP, DeepSpeed nor fp16"):
         trainer(weight_decay=0.0, fp16=True)
-    late = transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images())
-    late.add_callback(DIPCallback(batches=[BATCH]))
+
+    def late(model):
+        trainer = transformers.Trainer(model, arguments(tmp_path), train_dataset=images())
+        trainer.add_callback(callback)
+        trainer.train()
+
+    callback = DIPCallback(batches=[BATCH])
     with pytest.raises(ValueError, match="got one that was added later"):
-        late.train()
+        late(vit())
+    for kl in (1.0, 2.0):
+        late(dip.apply(vit(), dip.DIPConfig(m=1, key=None, kl=kl), [BATCH]))
+        assert callback.config.kl == kl
+    with pytest.raises(ValueError, match="config: expected m=1, all that a callback can do"):
+        late(dip.apply(vit(), dip.DIPConfig(key=None, m=2), [BATCH]))

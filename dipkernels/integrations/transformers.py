@@ -617,7 +617,8 @@ class DIPCallback(transformers.TrainerCallback):
     def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:
         if config is not None and not isinstance(config, DIPConfig):
             raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
-        self.config: Any = config  # a DIPConfig once the trainer is made
+        self._asked = config
+        self.config: Any = config  # the model's, once it trains
         self.batches = batches
         self._checked, self._training = False, contextlib.ExitStack()
         if config is not None:
@@ -625,7 +626,7 @@ class DIPCallback(transformers.TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         model, optimizer = options["model"], options.get("optimizer")
-        config = config_of_run(model, self.config, "config") or DIPConfig(m=1, key=None)
+        config = config_of_run(model, self._asked, "config") or DIPConfig(m=1, key=None)
         _require_possible(config)
         self.config = config
         if args.fsdp or args.deepspeed or (args.fp16 and config.kl > 0):
@@ -657,6 +658,9 @@ class DIPCallback(transformers.TrainerCallback):
                 "callbacks: expected DIPCallback in Trainer(callbacks=[...]), got one that was "
                 "added later"
             )
+        # again, for one that was added later
+        self.config = config_of_run(options["model"], self._asked, "config")
+        _require_possible(self.config)
         self._training.close()  # of a run that an error ended
         if _of_trl(args):
             self._training.enter_context(_plain_without_gradients(options["model"]))
