@@ -301,6 +301,24 @@ def test_analytic_prediction_refuses_what_has_no_mean_further_behind(act, sums):
         dip.predict(Further(), torch.randn(3, 8), method="analytic", average="logits")
 
 
+def test_analytic_prediction_goes_through_what_an_index_chooses():
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8, 4))
+
+        def forward(self, x):
+            chosen = self.experts[self.gate(x).softmax(-1).argmax(-1)]
+            return torch.relu(torch.einsum("bi,bio->bo", x, chosen))
+
+    model, x = (
+        dip.convert(Switch(), filter=lambda m, name: name == "gate").eval(),
+        torch.randn(5, 8),
+    )
+    y = dip.predict(model, x, method="analytic", average="logits")
+    assert torch.equal(y, model(x))
+
+
 def test_analytic_prediction_of_layers_that_are_called_by_keyword():
     class ByKeyword(nn.Module):
         def __init__(self):

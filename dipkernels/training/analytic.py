@@ -154,7 +154,7 @@ class _Expectations(TorchFunctionMode):
         known = len(each) == len(found) and len(set(draws)) == len(draws)
         v = sum((v.to(out.device) for v in each[1:]), each[0].to(out.device)) if known else None
         for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():  # no index, by argmax
                 self.mark(tensor, v, found[0].layer, draws)
 
     def _activate(
