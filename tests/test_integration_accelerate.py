@@ -8,6 +8,7 @@ from trainer_support import X, Y, mlp
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
+from dipkernels.noise import contexts
 
 accelerate = pytest.importorskip("accelerate")
 from dipkernels.integrations.accelerate import keep_config, step_noise  # noqa: E402
@@ -55,6 +56,14 @@ def test_longer_examples_have_noise_of_their_own_where_the_batch_is_given():
         with step_noise(accelerator, model, 0, batch_size=4, micro=micro, batch=batch):
             drawn.append(probe(batch).flatten())
     assert len(torch.cat(drawn).unique()) == CONFIG.m * 4 * (12 + 4)
+
+
+def test_examples_are_counted_by_the_batches_tensors_and_not_by_one_examples_boxes():
+    accelerator, model = trained(4)
+    labels = [{"boxes": torch.zeros(boxes, 4)} for boxes in (7, 2)]
+    batch = {"labels": labels, "pixel_values": torch.zeros(2, 3)}
+    with step_noise(accelerator, model, 0, batch_size=2, micro=1, batch=batch):
+        assert (contexts.row0(), contexts.entries()) == (2 * CONFIG.m, 2 * CONFIG.m)
 
 
 def test_a_saved_state_has_the_config_and_loads_in_another_process(tmp_path):

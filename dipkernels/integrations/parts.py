@@ -185,11 +185,13 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def _size_of(batch: Any) -> int:
-    """The first size of its first tensor, or of both parts of a pair, which ORPO puts into one
-    batch; 0 where there is no tensor."""
-    given = batch if isinstance(batch, Mapping) else {}
+    """The first size of its first tensor, of a mapping of one that is not in a list, which may be
+    an example's; or of both parts of a pair, which ORPO puts into one batch; 0 where there is no
+    tensor."""
+    given = dict(batch) if isinstance(batch, Mapping) else {}
     pair = [given[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in given]
-    return sum(len(part) for part in pair or _tensors(batch)[:1])
+    whole = [v for v in given.values() if isinstance(v, Tensor) and v.ndim] or _tensors(batch)
+    return sum(len(part) for part in pair or whole[:1])
 
 
 def step_of(step: int, batch: Any) -> int:
