@@ -157,6 +157,19 @@ def test_row0_and_noise_off_compile_whole():
     assert not any(g.any() for n, g in gradients(model).items() if "log_variance" in n)
 
 
+def test_a_compiled_step_may_enter_fixed_noise_with_another_key_each_time():
+    """By Inductor: the second key is a symbol to torch.compile, in int64."""
+    model, x = make("one")
+
+    def step(x, key, row0):
+        with dip.fixed_noise(key, row0=row0):
+            return model(x)
+
+    compiled = torch.compile(step, fullgraph=True)
+    for key in (7, 8, -3, 2**63 - 1, -(2**63), 2**64 - 5, 2**63 + 1):
+        torch.testing.assert_close(compiled(x, key, abs(key) % 5), step(x, key, abs(key) % 5))
+
+
 @pytest.mark.parametrize("options", [{}, {"share": [("0", "1")]}, {"place": "producer"}])
 def test_rows_of_many_micro_batches_compile_once(options):
     """Gradient accumulation gives each micro-batch a row0 of its own; torch stops compiling at the

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,7 +48,10 @@ def entries() -> int:
 
 def signed(value: int) -> int:
     """The int64 with the bits of value mod 2^64."""
-    return (value + 2**63) % 2**64 - 2**63
+    if not -(2**63) <= value < 2**63:
+        # index: to torch.compile a constant, because Inductor computes in int64
+        value = (operator.index(value) + 2**63) % 2**64 - 2**63
+    return value
 
 
 class _State(contextlib.ContextDecorator):
