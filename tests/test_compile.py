@@ -357,6 +357,18 @@ def test_export_under_fixed_noise_keeps_the_key():
     torch.testing.assert_close(program.module()(x), want)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_rows_of_a_sequence_of_any_length_export(strict):
+    model = number_layers(nn.Sequential(DIPLinear(8, 12), dip.DIPLayerNorm(12))).train()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with dip.fixed_noise(3, row0=5):
+        x = torch.randn(3, 5, 8)
+        exported = torch.export.export(model, (x,), dynamic_shapes=(sizes,), strict=strict)
+        for shape in ((3, 5, 8), (2, 9, 8)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_key_may_be_an_input_of_an_exported_program():
     class Keyed(nn.Module):
         def __init__(self):
