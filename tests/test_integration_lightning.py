@@ -288,6 +288,25 @@ def test_a_callback_that_is_used_again_draws_the_same_noise(tmp_path):
     assert first.losses == second.losses
 
 
+def test_variances_that_a_parametrisation_bounds_are_calibrated(tmp_path):
+    class Least(torch.nn.Module):
+        def forward(self, values):
+            return values.clamp(min=-4.0)
+
+        def right_inverse(self, values):
+            return values
+
+    class Bounded(Module):
+        def configure_optimizers(self):
+            for part in [m for m in self.modules() if isinstance(m, dip.Variance)]:
+                torch.nn.utils.parametrize.register_parametrization(part, "log_variance", Least())
+            return super().configure_optimizers()
+
+    _, module = fitted(tmp_path, Bounded())
+    priors = [m.log_prior for m in module.modules() if isinstance(m, dip.Variance)]
+    assert priors and all((prior.exp() - 0.01).abs().min() > 1e-3 for prior in priors)
+
+
 @pytest.mark.parametrize("interrupted_by", ["a tuner", "an error"])
 def test_a_module_that_another_fit_has_converted_is_calibrated_all_the_same(
     interrupted_by, tmp_path

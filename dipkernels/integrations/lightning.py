@@ -303,9 +303,10 @@ def _config_in(argument: str, checkpoint: Mapping[str, Any]) -> DIPConfig:
 
 
 def _at_their_start(pl_module: nn.Module) -> bool:
-    """Whether variances and priors are all where the conversion has put them: so they are after an
-    error before training, and after a tuner, which loads what it wrote before it trained."""
-    found = [v for n, v in variances(pl_module).items() if not n.endswith(".pull")]
+    """Whether the priors are all where the conversion has put them: so they are after an error
+    before training, and after a tuner, which loads what it wrote before it trained. No training
+    moves them, and no parametrisation."""
+    found = [values for name, values in variances(pl_module).items() if name.endswith("log_prior")]
     start = torch.tensor(0.01, device="cpu").log()
     return all(torch.allclose(values, start) for values in found)
 
