@@ -143,6 +143,22 @@ def test_make_fx_records_the_draw():
             assert not torch.equal(graph(x), graph(x))
 
 
+def test_make_fx_records_a_mean_and_its_gradients():
+    """Its graph calls the operations themselves, with gradients on."""
+    layer, x = (
+        dip.DIPLinear(4, 2, num_samples=3, activation="gelu", estimator="mean"),
+        torch.ones(3, 4),
+    )
+
+    def gradients(x):
+        return torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+
+    with dip.fixed_noise(3):
+        graph = make_fx(gradients)(x)
+        for found, expected in zip(graph(x), gradients(x), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 # ---- torch.jit -----------------------------------------------------------------------------------
 
 LAYERS = [

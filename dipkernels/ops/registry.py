@@ -56,7 +56,8 @@ def define(
         library.define(op + schema, tags=(torch.Tag.flexible_layout,))
         torch.library.register_fake(f"{namespace}::{op}", fake, lib=library)
     if anywhere is not None:
-        _libraries["dipkernels"].impl(op, anywhere, "CompositeExplicitAutograd")
+        # as a kernel: whoever calls the operation itself may have gradients on
+        _libraries["dipkernels"].impl(op, torch.no_grad()(anywhere), "CompositeExplicitAutograd")
     _libraries["dipkernels_reference"].impl(op, getattr(reference, op), "CompositeExplicitAutograd")
     module = fake.__module__.rpartition(".")[2]
     for device in ("CUDA", "CPU"):  # the latter under TRITON_INTERPRET=1
