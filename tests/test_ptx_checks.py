@@ -11,13 +11,14 @@ HEADER = """.version 8.0
 .visible .entry k(.param .u64 out) {
 .reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<39>; .reg .b64 %rd<19>;
 .shared .align 16 .b8 s[512];
+.local .align 8 .b8 depot[16];
 mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [out]; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; shl.b32 %r2, %r1, 2;
 mov.u32 %r3, s; add.s32 %r4, %r3, %r2; xor.b32 %r5, %r4, 4; setp.lt.u32 %p1, %r1, 32; setp.eq.u32 %p2, %r1, 5;
 """
 # Opcodes that test_ptx_opcodes.py leaves to this file and to the products of matrices in
 # test_ptx_matrices.py.
-RUN_THERE = {"ld", "st", "mov", "cvta", "atom", "cp", "bar", "fence", "shfl", "ldmatrix"}
-RUN_THERE |= {"stmatrix", "mma", "wgmma"}
+RUN_THERE = {"ld", "st", "mov", "cvta", "atom", "red", "cp", "bar", "barrier", "shfl"}
+RUN_THERE |= {"ldmatrix", "stmatrix", "mma", "wgmma"}
 NEIGHBOUR = "st.shared.u32 [%r4], %r1; {} ld.shared.u32 %r6, [%r5]; st.global.u32 [%rd3], %r6;"
 STORE = "st.global.u32 [%rd3], %r8;"
 
@@ -74,15 +75,29 @@ def test_moves_take_words_apart():
     expect(body + "add.u32 %r8, %r9, %r10;" + STORE, lambda i: i << 16 | i)
 
 
-def test_loads_and_stores():
-    for load in ("ld.global.u32", "ld.global.nc.u32", "ld.u32"):
-        expect(
-            f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", lambda i: 0x01010101 + i, start=1
-        )
-    signed = "ld.global.s8 %r8, [%rd3]; st.u32 [%rd3], %r8;"
+@pytest.mark.parametrize(
+    "load", ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32"]
+)
+def test_loads_and_stores(load):
+    expect(f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", lambda i: 0x01010101 + i, start=1)
+    signed = "ld.global.s8 %r8, [%rd3]; st.global.u32 [%rd3], %r8;"
     expect(signed, lambda i: 0xFFFFFF80, start=0x80)
     vector = "and.b32 %r7, %r1, 60; mul.wide.u32 %rd5, %r7, 4; add.u64 %rd5, %rd1, %rd5; ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%rd5];"
     expect(f"st.global.u32 [%rd3], %r1; {vector} mov.u32 %r8, %r13; {STORE}", lambda i: i | 3)
+
+
+def test_local_memory_is_each_threads_own():
+    direct = "st.local.u32 [depot+4], %r1; ld.local.u32 %r8, [depot+4];"
+    assert run(direct + STORE).tolist() == THREAD.tolist()
+    generic = (
+        "mov.u64 %rd4, depot; cvta.local.u64 %rd5, %rd4; st.u32 [%rd5], %r1; ld.u32 %r8, [%rd5];"
+    )
+    assert run(generic + STORE).tolist() == THREAD.tolist()
+
+
+def test_generic_addresses_reach_shared_memory():
+    body = "cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; st.u32 [%rd5], %r1; cvta.to.shared.u64 %rd6, %rd5;"
+    assert run(f"{body} ld.shared.u32 %r8, [%rd6]; {STORE}").tolist() == THREAD.tolist()
     body = "cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;"
     expect(body, lambda i: 7)
 
@@ -90,13 +105,13 @@ def test_loads_and_stores():
 def test_variables_of_a_module_outlive_a_launch():
     text = (
         ".visible .global .align 4 .b8 counters[64]; .entry k() { .reg .b64 %a; .reg .b32 %r; "
-        "mov.u64 %a, counters; cvta.global.u64 %a, %a; atom.acq_rel.gpu.global.inc.u32 %r, [%a+8], "
-        "100; ld.global.u32 %r, [counters+8]; st.global.u32 [%a], 7; ret; }"
+        "mov.u64 %a, counters; cvta.global.u64 %a, %a; atom.global.inc.u32 %r, [%a+8], 100; "
+        "red.global.add.u32 [counters+12], 2; ret; }"
     )
     module = Module(text)
     for _ in range(2):
         module.kernels["k"].run((2,), (3,), b"", Memory())
-    assert module.variables.view(np.uint32)[:5].tolist() == [7, 0, 12, 0, 0]
+    assert module.variables.view(np.uint32)[:5].tolist() == [0, 0, 12, 24, 0]
     with pytest.raises(PTXError, match="outside of the module's variables"):
         Module(text.replace("[%a+8]", "[%a+64]")).kernels["k"].run((1,), (1,), b"", Memory())
 
@@ -107,6 +122,7 @@ def test_variables_of_a_module_outlive_a_launch():
 def test_shuffles():
     for how, b, c, want in (
         ("bfly", "3", "31", lambda i: i ^ 3),
+        ("up", "2", "0", lambda i: i - 2 if i % 32 >= 2 else i),
         ("down", "2", "31", lambda i: i + 2 if i % 32 < 30 else i),
         ("idx", "5", "31", lambda i: i // 32 * 32 + 5),
         ("idx", "5", f"{24 << 8 | 31}", lambda i: i // 8 * 8 + 5),  # segments of eight lanes
@@ -114,7 +130,9 @@ def test_shuffles():
     ):
         body = f"shfl.sync.{how}.b32 %r8|%p3, %r1, {b}, {c}, -1; @!%p3 add.u32 %r8, %r8, 1000;"
         got = run(body + STORE).tolist()
-        assert got == [want(i) + 1000 * (want(i) == i and how == "down") for i in range(64)], how
+        assert got == [
+            want(i) + 1000 * (want(i) == i and how in ("up", "down")) for i in range(64)
+        ], how
 
 
 def test_shuffles_of_a_part_of_a_warp():
@@ -130,15 +148,70 @@ def test_shuffles_of_a_part_of_a_warp():
     assert run(body, threads=8, size=32).tolist() == [3] * 8
 
 
-# ---- tickets
+def test_reductions_at_a_barrier():
+    assert run("bar.red.popc.u32 %r8, 0, %p1;" + STORE, ctas=2).tolist() == [32] * 64
+    for how, want in (("or", 1), ("and", 0)):
+        body = f"barrier.cta.red.{how}.pred %p3, 0, %p2; selp.u32 %r8, 1, 0, %p3;"
+        assert run(body + STORE).tolist() == [want] * 64
 
 
-def test_tickets_are_taken_one_by_one_in_any_order():
-    ticket = "atom.acq_rel.gpu.global.inc.u32 %r8, [%rd1+256], {}; " + STORE
-    assert run(ticket.format(63), size=512)[:65].tolist() == [*range(64), 0]
-    got = run(ticket.format(63), size=512, errors=1)[:64].tolist()
-    assert sorted(got) == list(range(64)) != got
-    assert run(ticket.format(9), size=512)[64] == 64 % 10  # 0 again after the last
+# ---- atomic operations
+
+
+@pytest.mark.parametrize("errors", [0, 1, 2])
+@pytest.mark.parametrize(
+    "operation, start, want",
+    [
+        ("add.u32 {d}[%rd1], %r1;", 0, sum(range(64))),
+        ("add.s32 {d}[%rd1], -1;", 0, 2**32 - 64),
+        ("max.u32 {d}[%rd1], %r1;", 0, 63),
+        ("min.s32 {d}[%rd1], %r1;", 127, 0),
+        ("min.u32 {d}[%rd1], %r1;", 255, 0),
+        ("or.b32 {d}[%rd1], %r1;", 0, 63),
+        ("and.b32 {d}[%rd1], 6;", 255, 6),
+        ("xor.b32 {d}[%rd1], %r1;", 0, 0),
+        ("inc.u32 {d}[%rd1], 9;", 0, 64 % 10),
+        ("dec.u32 {d}[%rd1], 9;", 0, 6),
+    ],
+)
+def test_atomic_operations_meet_in_one_word(operation, start, want, errors):
+    for name in ("red.global", "atom.global", "atom.relaxed.gpu.global"):
+        target = "" if name.startswith("red") else "%r8, "
+        got = run(f"{name}.{operation.format(d=target)}", start=start, errors=errors)
+        assert got[0] == want and (got[1:] == start * 0x01010101).all()
+
+
+def test_atomic_operations_return_what_was_there():
+    ticket = "atom.global.inc.u32 %r8, [%rd1+256], 63; " + STORE
+    assert run(ticket, size=512)[:64].tolist() == list(range(64))
+    assert sorted(run(ticket, size=512, errors=1)[:64].tolist()) == list(range(64))
+    assert run(ticket, size=512, errors=1)[:64].tolist() != list(range(64))
+    swap = "atom.global.exch.b32 %r8, [%rd1+256], %r1; " + STORE
+    assert run(swap, size=512)[:64].tolist() == [0, *range(63)]
+    compare = "atom.global.cas.b32 %r8, [%rd1+256], %r1, %r9; " + STORE
+    got = run("add.u32 %r9, %r1, 1; " + compare, size=512)
+    assert got[:64].tolist() == list(range(64)) and got[64] == 64
+
+
+def test_atomic_sums_of_floats_are_rounded_one_by_one():
+    body = "cvt.rn.f32.u32 %r8, %r1; mul.f32 %r8, %r8, 0f3DCCCCCD; red.global.add.f32 [%rd1], %r8;"
+    total = np.float32(0)
+    for i in range(64):
+        total += np.float32(i) * np.float32(0.1)
+    assert run(body).view(np.float32)[0] == total
+    sums = {float(run(body, errors=n).view(np.float32)[0]) for n in range(1, 6)}
+    assert len(sums) > 1 and all(abs(v - total) < 1e-4 for v in sums)
+    body = "cvt.rn.f64.u32 %rd5, %r1; red.global.add.f64 [%rd1], %rd5;"
+    assert run(body).view(np.float64)[0] == sum(range(64))
+
+
+def test_atomic_operations_of_shared_memory():
+    body = "setp.eq.u32 %p3, %r1, 0; @%p3 st.shared.u32 [s], 0; bar.sync 0; {} bar.sync 0; ld.shared.u32 %r8, [s];"
+    assert run(body.format("red.shared.add.u32 [s], 2;") + STORE, ctas=2).tolist() == [128] * 64
+    with pytest.raises(PTXError, match="race"):
+        run(body.replace("bar.sync 0; ld", "ld").format("red.shared.add.u32 [s], 2;") + STORE)
+    with pytest.raises(PTXError, match="nobody wrote"):
+        run("red.shared.add.u32 [s], 2;")
 
 
 def test_the_last_block_sums_what_the_others_left():
@@ -147,8 +220,8 @@ def test_the_last_block_sums_what_the_others_left():
     body = (
         "mov.u32 %r20, %ctaid.x; mul.wide.u32 %rd5, %r20, 4; add.u64 %rd5, %rd1, %rd5; add.u32 "
         "%r21, %r20, 1; setp.ne.u32 %p3, %r1, 0; @%p3 bra E; st.global.u32 [%rd5], %r21; "
-        "atom.acq_rel.gpu.global.inc.u32 %r22, [%rd1+252], 9; setp.ne.u32 %p4, %r22, 9; @%p4 bra "
-        "E; fence.proxy.async; mov.u32 %r8, 0; mov.u32 %r23, 0; mov.u64 %rd6, %rd1; L: "
+        "membar.gl; atom.global.inc.u32 %r22, [%rd1+252], 9; setp.ne.u32 %p4, %r22, 9; @%p4 bra "
+        "E; fence.acq_rel.gpu; mov.u32 %r8, 0; mov.u32 %r23, 0; mov.u64 %rd6, %rd1; L: "
         "ld.global.u32 %r24, [%rd6]; add.u32 %r8, %r8, %r24; add.u64 %rd6, %rd6, 4; add.u32 %r23, "
         "%r23, 1; setp.lt.u32 %p5, %r23, 10; @%p5 bra L; st.global.u32 [%rd1+240], %r8; E: "
     )
@@ -182,10 +255,16 @@ def test_two_nans_are_one_value():
         ("ld.global.u32 %r6, [%rd3+-4];", "byte -4 of tensor 0"),
         ("ld.global.v2.u32 {%r6, %r7}, [%rd3];", "misaligned"),
         ("ld.global.u32 %r6, [%rd2];", "no memory"),
-        ("atom.acq_rel.gpu.global.inc.u32 %r6, [%rd3+4], 1;", "byte 256 of tensor 0"),
+        ("atom.global.add.u32 %r6, [%rd3+4], 1;", "byte 256 of tensor 0"),
+        (
+            "cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; ld.global.u32 %r6, [%rd5];",
+            "an address of shared memory",
+        ),
+        ("ld.local.u32 %r6, [depot+16];", "outside of 16 of local memory"),
         ("st.global.u32 [%rd1], %r1;", "different values"),
         ("st.shared.u32 [%r3], %r1;", "different values"),
         ("@%p2 bra A; bar.sync 0; A: bar.sync 0;", "never arrive"),
+        ("@%p2 bra A; bar.red.popc.u32 %r8, 0, %p1; A: bar.sync 0;", "never arrive"),
         (
             "@%p2 bra A; shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1; A: bar.sync 0;",
             "not the one it names",
@@ -203,13 +282,13 @@ def test_two_nans_are_one_value():
             "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; cp.async.wait_group 0; ld.shared.u32 %r6, [%r5];",
             "race",
         ),
+        ("trap;", "trap"),
         ("L: bra L;", "did not end"),
         ("mov.u32 %r6, %clock;", "not implemented"),
         ("ld.const.u32 %r6, [s];", "not implemented"),
         ("bar.sync 1;", "not implemented"),
         ("vote.ballot.b32 %r6, %p1;", "not implemented"),
-        ("atom.global.add.u32 %r6, [%rd3], 1;", "not implemented"),
-        ("trap;", "not implemented"),
+        ("atom.global.add.noftz.f16 %h1, [%rd3], %h2;", "not implemented"),
         (
             "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd4}, {%rd5}, {%rd6}, {%rd7};",
             "not implemented",
@@ -222,18 +301,23 @@ def test_a_kernel_that_is_wrong_is_refused(body, message):
         run(body)
 
 
+def test_a_trap_that_no_thread_meets_is_none():
+    run("setp.gt.u32 %p3, %r1, 99; @%p3 trap;")
+
+
 def test_copies_arrive_with_their_group():
     body = "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; {} bar.sync 0; ld.shared.u32 %r8, [%r5]; bar.sync 0;"
     zeros = body.replace("[%rd3], 4;", "[%rd3], 4, 0;", 1)
     for copy, wait, want in (
         (body, "cp.async.wait_group 0;", lambda i: i ^ 1),
-        (zeros, "cp.async.wait_group 0;", lambda i: 0),
+        (body, "cp.async.wait_all;", lambda i: i ^ 1),
+        (zeros, "cp.async.wait_all;", lambda i: 0),
     ):
         expect("st.global.u32 [%rd3], %r1;" + copy.format(wait) + STORE, want)
 
 
 def test_a_tensor_that_is_read_only_stays_so():
-    for store in ("st.global.u32", "atom.acq_rel.gpu.global.inc.u32 %r8,"):
+    for store in ("st.global.u32", "red.global.add.u32"):
         with pytest.raises(PTXError, match="read only"):
             run(f"{store} [%rd3], %r1;", writable=False)
 

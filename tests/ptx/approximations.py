@@ -9,6 +9,7 @@ from .rounding import ftz
 BOUNDS = {
     "rsqrt": 2**-22.9,
     "sqrt": 2**-23,
+    "rcp": 2**-23,
     "ex2": 2**-22,
     "div": 2**-22,
 }
@@ -37,3 +38,13 @@ def approximate(name, exact, errors, flush):
         exact = np.where(special, exact, exact + size * np.abs(exact))
     result = exact.astype(f32)
     return ftz(result) if flush else result
+
+
+def fast_quotient(a, b, full):
+    """div.full and div.approx in float64: the latter gives 0 beyond 2^126, which it does not
+    scale"""
+    exact = a.astype(f64) / b.astype(f64)
+    if full:
+        return exact
+    beyond = (np.abs(b) > f32(2.0**126)) & np.isfinite(b)
+    return np.where(beyond, np.where(np.isinf(a), np.nan, np.copysign(0.0, exact)), exact)

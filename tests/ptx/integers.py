@@ -15,6 +15,22 @@ def quotient(a, b):
     return np.where(zero, ~np.zeros_like(q), q)
 
 
+def high64(a, b):
+    """The upper half of a 128-bit product, unsigned"""
+    low = u64(0xFFFFFFFF)
+    a0, a1, b0, b1 = a & low, a >> u64(32), b & low, b >> u64(32)
+    middle = a1 * b0 + ((a0 * b0) >> u64(32))
+    other = a0 * b1 + (middle & low)
+    return a1 * b1 + (middle >> u64(32)) + (other >> u64(32))
+
+
+def signed_high64(a, b):
+    """The same of int64"""
+    x, y = a.view(u64), b.view(u64)
+    high = high64(x, y) - np.where(a < 0, y, u64(0)) - np.where(b < 0, x, u64(0))
+    return high.view(np.int64)
+
+
 def bit_field(a, position, length, signed):
     """bfe.u32, bfe.s32"""
     position, length = position & u32(255), length & u32(255)

@@ -48,7 +48,7 @@ class Kernel:
         if self.body is None:
             self.body = Body(self.text, self._written[2], self.parameters)
             self.meet = self.body.meeting_points()
-            self.shared_bytes = self.body.shared_bytes
+            self.shared_bytes, self.local_bytes = self.body.shared_bytes, self.body.local_bytes
             self.shared_unit = self.body.least_shared_access()
 
     def _function(self, pc: int, masked: bool, contract: bool):
@@ -96,8 +96,8 @@ class Kernel:
             memory: The tensors.
             shared: Bytes of dynamic shared memory.
             races: Whether to look for races in shared memory.
-            errors: Not 0: of approximations and of the order in which threads take tickets, each
-                number another choice.
+            errors: Not 0: of approximations and of the order of atomic operations, each number
+                another choice.
             contract: Products and sums without .rn are fused, as ptxas may do with all of them or
                 none.
             threads: How many run together, at least one block.

@@ -10,7 +10,8 @@ i8, i16, i32, i64 = np.int8, np.int16, np.int32, np.int64
 f16, f32, f64 = np.float16, np.float32, np.float64
 
 WARP = 32
-VARIABLES = 1 << 60  # where the module's variables begin; the tensors lie far below
+# Where generic addresses of memory that is no tensor begin; those of tensors lie far below.
+WINDOWS = {"variable": 1 << 60, "shared": 1 << 61, "local": 1 << 62}
 
 UNSIGNED = {1: u8, 2: u16, 4: u32, 8: u64}
 # Two halves of a word, and bfloat16, stay bits.

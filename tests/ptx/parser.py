@@ -1,4 +1,4 @@
-"""PTX text to kernels: parameters, registers, shared variables, basic blocks and where
+"""PTX text to kernels: parameters, registers, shared and local variables, basic blocks and where
 their threads meet again."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .kinds import VARIABLES, PTXError, width_of
+from .kinds import WINDOWS, PTXError, width_of
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 _LABEL = re.compile(r"^([\w$]+):\s*")
@@ -15,7 +15,9 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
     r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
 )
-_SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
+_VARIABLE = re.compile(
+    r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?"
+)
 _DYNAMIC = re.compile(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\s*\[\s*\]")
 _MODULE_VARIABLE = re.compile(
     r"\.global\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*(=)?"
@@ -123,10 +125,13 @@ class Body:
     """The blocks of a kernel; block number len(blocks) is its end."""
 
     def __init__(self, text: str, outside: Outside, parameters):
-        self.symbols = {name: offset for name, offset, _ in parameters}
-        self.symbols |= {name: VARIABLES + offset for name, offset in outside.variables.items()}
+        self.symbols = {name: (offset, "param") for name, offset, _ in parameters}
+        window = WINDOWS["variable"]
+        self.symbols |= {
+            name: (window + offset, "global") for name, offset in outside.variables.items()
+        }
         self.registers: dict[str, tuple[int, int]] = {}  # name: (index, bytes; 0: predicate)
-        self.shared_bytes = 0
+        self.shared_bytes = self.local_bytes = 0
         self.blocks, labels = [Block()], {}
         for statement in text.split(";"):
             statement = self._take_labels(statement.strip(), labels)
@@ -143,7 +148,7 @@ class Body:
                 match[3], parts, split_operands(match[4]), match[2], match[1] == "!"
             )
             self.blocks[-1].instructions.append(instruction)
-            if parts[0] in LEAVES:
+            if parts[0] in (*LEAVES, "trap"):
                 self.blocks.append(Block())
         self.exit = len(self.blocks)
         self._link(labels)
@@ -151,7 +156,7 @@ class Body:
         # more than its declared alignment.
         if outside.dynamic:
             self.shared_bytes = -(-self.shared_bytes // 128) * 128
-            self.symbols |= dict.fromkeys(outside.dynamic, self.shared_bytes)
+            self.symbols.update((name, (self.shared_bytes, "shared")) for name in outside.dynamic)
 
     def _take_labels(self, text: str, labels: dict[str, int]) -> str:
         """Without its labels and the braces of scopes"""
@@ -181,11 +186,12 @@ class Body:
                             f"two scopes declare {one} with different types, which is not "
                             "implemented"
                         )
-        elif match := _SHARED.match(text):
-            align, size = int(match[1] or 1), width_of(match[2]) * int(match[4] or 1)
-            start = -(-self.shared_bytes // align) * align
-            self.symbols[match[3]] = start
-            self.shared_bytes = start + size
+        elif match := _VARIABLE.match(text):
+            align, size = int(match[2] or 1), width_of(match[3]) * int(match[5] or 1)
+            counter = f"{match[1]}_bytes"
+            start = -(-getattr(self, counter) // align) * align
+            self.symbols[match[4]] = (start, match[1])
+            setattr(self, counter, start + size)
         elif not re.match(r"\.(pragma|branchtargets)", text):
             raise PTXError(f"directive not implemented: {text[:60]}")
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from .approximations import approximate
-from .kinds import VARIABLES, WARP, PTXError, i32, i64, u32, u64
+from .atomics import Atomics
+from .kinds import WARP, WINDOWS, PTXError, i32, i64, u8, u32, u64
 from .matrices import Matrices
 from .memory import words_of
 from .shared import SharedMemory
@@ -19,7 +20,7 @@ def _same(a, b, size):
     return equal.all()
 
 
-class Run(Warps, SharedMemory, Matrices):
+class Run(Warps, SharedMemory, Atomics, Matrices):
     """T threads, block after block, each padded to whole warps."""
 
     def __init__(self, kernel, grid, block, ctas, params, memory, dynamic, races, errors):
@@ -41,6 +42,8 @@ class Run(Warps, SharedMemory, Matrices):
         self.epoch = np.ones(self.ctas, i32)
         self.stamp = (self.epoch[self.cta] << 11) | self.thread
         SharedMemory.__init__(self, kernel, dynamic, self.ctas, races)
+        self.local_size = -(-max(kernel.local_bytes, 16) // 16) * 16
+        self.local = np.zeros(self.T * self.local_size, u8) if kernel.local_bytes else None
         self.steps = 0
 
     def _number(self, linear, grid, block, ctas):
@@ -50,7 +53,20 @@ class Run(Warps, SharedMemory, Matrices):
             "%tid.x": linear % x,
             "%tid.y": linear // x % y,
             "%tid.z": linear // x // y,
+            "%laneid": linear % WARP,
+            "%warpid": linear // WARP,
+            "%nwarpid": self.size // WARP,
         }
+        for name, compare in (
+            ("eq", "__eq__"),
+            ("lt", "__lt__"),
+            ("le", "__le__"),
+            ("gt", "__gt__"),
+            ("ge", "__ge__"),
+        ):
+            of = getattr(np.arange(WARP)[None, :], compare)(np.arange(WARP)[:, None])
+            bits = (of.astype(i64) << np.arange(WARP)).sum(1)
+            special[f"%lanemask_{name}"] = bits[linear % WARP]
         for axis, name in enumerate("xyz"):
             of = np.array([cta[axis] for cta in ctas])
             special[f"%ctaid.{name}"] = np.repeat(of, self.size) if len(ctas) > 1 else of[0]
@@ -60,22 +76,60 @@ class Run(Warps, SharedMemory, Matrices):
     def approximate(self, name, exact, flush):
         return approximate(name, exact, self.errors, flush)
 
+    def trap(self, mask):
+        if np.any(self.active(mask)):
+            raise PTXError("trap")
+
     # ---- loads and stores
 
-    def words(self, space, address, size, total, where, write):
-        """(memory as units of `size`, where in it accesses of `total` bytes lie)"""
-        address = address.astype(u64)
-        if space == "shared":
-            place, memory = self.place_in_shared(address, total, where), self.shared
-        elif np.any(address >= VARIABLES):
-            place, memory = (address - u64(VARIABLES)).astype(i64), self.kernel.variables
-            if np.any((place & (total - 1)) | (place < 0) | (place + total > len(memory))):
-                raise PTXError(
-                    f"access of {total} bytes outside of the module's variables, or misaligned"
-                )
-        else:
+    def resolve(self, space, address):
+        """(the memory that addresses lie in, where in it); of generic and global addresses their
+        upper bits tell"""
+        if space not in ("generic", "global"):
+            return space, address
+        for name, window in WINDOWS.items():
+            inside = (address & u64(window)) != 0
+            if not inside.any():
+                continue
+            if not inside.all():
+                raise PTXError("addresses of several kinds of memory by one instruction")
+            if space == "global" and name != "variable":
+                raise PTXError(f"access of global memory at an address of {name} memory")
+            return name, address - u64(window)
+        return "global", address
+
+    def _words(self, space, address, size, total, where, write):
+        """(memory as units of `size`, which of its rows of `total` bytes)"""
+        space, address = self.resolve(space, address.astype(u64))
+        if space == "global":
             place, memory = self.memory.locate(address, total, write), self.memory.process
-        return place, words_of(memory, size)
+        elif space == "variable":
+            place, memory = self.place_in_variables(address, total), self.kernel.variables
+        elif space == "local":
+            place, memory = self._place_in_local(address, total, where), self.local
+        else:
+            place, memory = self.place_in_shared(address, total, where), self.shared
+        return space, place, words_of(memory, size)
+
+    def place_in_variables(self, address, size):
+        address = address.astype(i64)
+        if np.any((address & (size - 1)) | (address + size > len(self.kernel.variables))):
+            raise PTXError(
+                f"access of {size} bytes outside of the module's variables, or misaligned"
+            )
+        return address
+
+    def _place_in_local(self, address, size, where):
+        address = address.astype(i64)
+        if np.any(
+            (address & (size - 1)) | (address < 0) | (address + size > self.kernel.local_bytes)
+        ):
+            raise PTXError(
+                f"access of {size} bytes outside of {self.kernel.local_bytes} of local memory, or "
+                "misaligned"
+            )
+        threads = np.arange(self.T) if where is None else where
+        return address + threads * self.local_size
 
     def load(self, space, address, size, count, mask):
         """`count` registers of `size` bytes each"""
@@ -91,7 +145,7 @@ class Run(Warps, SharedMemory, Matrices):
             address = self._spread(address)
             if where is not None:
                 address = address[where]
-        place, words = self.words(space, address, size, total, where, False)
+        space, place, words = self._words(space, address, size, total, where, False)
         if space == "shared":
             self.note_read(place, total, where)
         found = words.reshape(-1, count)[place // total]
@@ -128,7 +182,7 @@ class Run(Warps, SharedMemory, Matrices):
         if where is not None:
             address, values = address[where], [v[where] for v in values]
         data = np.stack(values, axis=1)
-        place, words = self.words(space, address, size, total, where, True)
+        space, place, words = self._words(space, address, size, total, where, True)
         rows = words.reshape(-1, len(values))
         rows[place // total] = data
         if not _same(rows[place // total], data, size):

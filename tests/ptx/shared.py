@@ -5,8 +5,9 @@ import numpy as np
 
 from .kinds import PTXError, i32, i64, u8, u64
 
-# A stamp is epoch << 11 | thread: between two barriers of its block an epoch lasts.
-SEVERAL = 2047  # no thread
+# A stamp is epoch << 11 | thread: between two barriers of its block an epoch lasts. These are no
+# threads:
+SEVERAL, ATOMIC = 2047, 2046
 
 
 class SharedMemory:
@@ -75,14 +76,15 @@ class SharedMemory:
         if lost.any():  # several threads read one unit by this instruction
             self.read[units[lost]] = np.broadcast_to(stamp | SEVERAL, units.shape)[lost]
 
-    def note_write(self, place, size, where, *, check=True):
+    def note_write(self, place, size, where, *, check=True, atomic=False):
         units = self._units(place, size)
         if check and self.busy is not None:
             self._refuse(self.busy[units], place, "write of {}, which a wgmma still reads")
         stamp = (self.stamp if where is None else self.stamp[where])[:, None]
+        mark = stamp & ~SEVERAL | ATOMIC if atomic else stamp
         if check and self.races:
             written, read, epoch = self.written[units], self.read[units], stamp >> 11
-            bad = ((written >> 11) == epoch) & (written != stamp)
+            bad = ((written >> 11) == epoch) & (written != stamp) & (written != mark)
             self._refuse(bad, place, "race: {} is written by two threads between two barriers")
             bad = ((read >> 11) == epoch) & (read != stamp)
             self._refuse(
@@ -90,7 +92,14 @@ class SharedMemory:
                 place,
                 "race: {} is written and was read by another thread since the last barrier",
             )
-        self.written[units] = np.broadcast_to(stamp, units.shape)
+        self.written[units] = np.broadcast_to(mark, units.shape)
+
+    def note_atomic(self, place, size, where):
+        """Read and written, which atomic operations of several threads may do between two
+        barriers"""
+        units = self._units(place, size)
+        self._refuse(self.written[units] == 0, place, "read of {} that nobody wrote")
+        self.note_write(place, size, where, atomic=True)
 
     # ---- cp.async
 

@@ -1,4 +1,4 @@
-"""What threads do together: barriers, shuffles and tickets."""
+"""What threads do together: barriers and shuffles."""
 
 import numpy as np
 
@@ -40,6 +40,17 @@ class Warps:
         self.epoch = self.epoch + arrived.astype(i32)
         self.stamp = (self.epoch[self.cta] << 11) | self.thread
 
+    def barrier_reduce(self, mask, how, truth):
+        """bar.red: popc, and, or of a predicate over the block"""
+        self.barrier(mask)
+        truth = (self._spread(truth) & self._spread(self.active(mask))).reshape(self.ctas, -1)
+        count = truth.sum(1)
+        if how == "and":
+            result = count == self._spread(self.active(mask)).reshape(self.ctas, -1).sum(1)
+        else:
+            result = count.astype(u32) if how == "popc" else count > 0
+        return np.repeat(result, self.size)
+
     def shuffle(self, mask, how, value, b, c, members):
         """(value of the source lane, whether it lies in range)"""
         self.check_members(mask, members, "shfl.sync")
@@ -47,11 +58,13 @@ class Warps:
         b, c = (self._spread(v).astype(i64) for v in (b, c))
         lane, b, clamp, segment = self.lane, b & 31, c & 31, (c >> 8) & 31
         most, least = (lane & segment) | (clamp & ~segment), lane & segment
-        if how == "down":
+        if how == "up":
+            source, good = lane - b, lane - b >= most
+        elif how == "down":
             source, good = lane + b, lane + b <= most
         elif how == "bfly":
             source, good = lane ^ b, (lane ^ b) <= most
-        else:  # idx
+        else:
             source = least | (b & ~segment)
             good = source <= most
         source = self.warp_start + np.where(good, source, lane)
@@ -59,19 +72,3 @@ class Warps:
         if np.any(active & ~active[source]):
             raise PTXError("shfl.sync reads a lane that does not take part")
         return value[source], good
-
-    def increment(self, mask, address, last):
-        """The old values; then old + 1, or 0 from `last` on. Threads come in the order of their
-        numbers, or with errors=n in the n-th random one."""
-        where = np.flatnonzero(self._spread(self.active(mask)))
-        olds = np.zeros(self.T, u32)
-        if not len(where):
-            return olds
-        if self.errors:
-            where = np.random.default_rng(self.errors).permutation(where)
-        place, words = self.words("global", self._spread(address)[where], 4, 4, where, True)
-        last = self._spread(last)
-        for thread, at in zip(where, place // 4, strict=True):
-            olds[thread] = words[at]
-            words[at] = 0 if words[at] >= last[thread] else words[at] + u32(1)
-        return olds

@@ -15,6 +15,12 @@ from .opcodes_memory import MemoryOpcodes
 from .parser import LEAVES, Block, Instruction, split_operands
 
 SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
+SPECIAL |= {"%laneid", "%warpid", "%nwarpid"} | {
+    f"%lanemask_{how}" for how in ("eq", "lt", "le", "gt", "ge")
+}
+# Without effect here: blocks run in lockstep or one after the other, and see each other's writes at
+# once.
+IGNORED = {"fence", "membar", "prefetch", "griddepcontrol", "nanosleep", "discard", "applypriority"}
 _LIBRARY = {**vars(kinds), **vars(rounding), **vars(integers), **vars(approximations), "np": np}
 
 
@@ -44,7 +50,7 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
         for instruction in block.instructions:
             try:
                 ended = self._instruction(instruction, block)
-            except (AttributeError, KeyError, IndexError, ValueError, AssertionError) as error:
+            except (KeyError, IndexError, ValueError, NotImplementedError, AssertionError) as error:
                 what = f"{instruction.opcode} {', '.join(instruction.operands)}"
                 raise PTXError(
                     f"{self.kernel.name}: {what} is not implemented ({error!r})"
@@ -74,7 +80,13 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
                 raise PTXError(f"{ins.opcode} is not implemented")
             self.lines.append(f"return {block.next[0]}")
             return True
-        getattr(self, f"op_{op}")(parts, o)
+        if op == "trap":
+            self.lines.append(f"E.trap({self.mask})")
+        elif op not in IGNORED:
+            method = getattr(self, f"op_{op}", None)
+            if method is None:
+                raise PTXError(f"{self.kernel.name}: opcode {ins.opcode} is not implemented")
+            method(parts, o)
         return False
 
     # ---- operands
@@ -118,7 +130,7 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
             bits = u64(int(text[2:], 16))
             return bits.view(f64) if wanted is f64 else bits
         if text in self.symbols:
-            return wanted(self.symbols[text])
+            return wanted(self.symbols[text][0])
         number = int(text.rstrip("U"), 0)
         size = np.dtype(wanted).itemsize
         return UNSIGNED[size](number & ((1 << 8 * size) - 1)).view(wanted)
@@ -142,7 +154,7 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
             if offset == 0:
                 return expression
             return f"({expression} + {self.constant(u64(offset & (2**64 - 1)))})"
-        value = self.symbols[base] if base in self.symbols else int(base, 0)
+        value = self.symbols[base][0] if base in self.symbols else int(base, 0)
         return self.constant(u64(value + offset))
 
     # ---- results
