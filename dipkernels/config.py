@@ -33,6 +33,7 @@ from .training.trajectories import trajectories
 from .worlds import has_ranks
 
 VERSION = 1  # of dip_config.json
+UNCALIBRATED = 0.01  # every variance until `calibrate` sets it
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
 _TYPES = {kind.__name__: kind for kind in TWINS}
 
@@ -282,7 +283,7 @@ def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | Non
         options["filter"] = lambda module, name: bool(include.all(*around(name)))
     convert(
         model,
-        0.01 if config.init_variance is None else config.init_variance,
+        UNCALIBRATED if config.init_variance is None else config.init_variance,
         types=[_TYPES[name] for name in config.types],
         exclude=config.exclude,
         share=config.share,

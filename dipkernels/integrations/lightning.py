@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import integer
-from ..config import DIPConfig, apply, calibrate_as, config_of, convert_as, require_config
+from ..config import (
+    UNCALIBRATED,
+    DIPConfig,
+    apply,
+    calibrate_as,
+    config_of,
+    convert_as,
+    require_config,
+)
 from ..models.convert import to_plain
 from ..models.parameters import variances
 from ..models.probe import untouched
@@ -307,7 +315,7 @@ def _at_their_start(pl_module: nn.Module) -> bool:
     before training, and after a tuner, which loads what it wrote before it trained. No training
     moves them, and no parametrisation."""
     found = [values for name, values in variances(pl_module).items() if name.endswith("log_prior")]
-    start = torch.tensor(0.01, device="cpu").log()
+    start = torch.tensor(UNCALIBRATED, device="cpu").log()
     return all(torch.allclose(values, start) for values in found)
 
 

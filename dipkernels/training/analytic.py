@@ -118,7 +118,7 @@ class _Expectations(TorchFunctionMode):
         if slope is not None and normal.v is not None:
             draws = normal.draws or (self._draws[normal.layer],)
             self.mark(out, normal.v.to(slope.device) * slope, normal.layer, draws)
-        elif name in _THROUGH | _FACTORS or name.startswith("get"):
+        elif name in _THROUGH or name in _FACTORS or name.startswith("get"):
             self._computed(out, found, name in _ADDS and not kwargs)
         found = [n for n in found if not n.draws]
         if not found:
@@ -266,9 +266,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"model: method='analytic' takes layers that noise their own input, got {producers} "
             "that noise their output (convert with place='producer'). Use method='sample'"
         )
-    mode = _Expectations(layers)
-
-    names = {layer: name for name, layer in layers.items()}
+    mode, names = _Expectations(layers), {layer: name for name, layer in layers.items()}
 
     def enter(*call: object) -> None:
         mode.inside += 1
