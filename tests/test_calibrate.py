@@ -103,6 +103,27 @@ def test_calibrate_measures_what_a_forward_maps_over(mapped):
     assert [row.sigma_mean for row in found] == [row.sigma_mean for row in rows]
 
 
+def test_calibrate_measures_a_network_whose_derivatives_of_several_orders_a_forward_takes():
+    class Lagrangian(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            def energy(each):
+                return self.net(each)[0]
+
+            hessian = torch.vmap(torch.func.hessian(energy))(x)
+            return torch.linalg.solve(hessian, torch.vmap(torch.func.grad(energy))(x))
+
+    net = dip.convert(nn.Sequential(nn.Linear(3, 8), nn.Softplus(), nn.Linear(8, 1)))
+    x = torch.randn(16, 3)
+    rows = calibrate(net, [x], ratio=1.0)
+    found = calibrate(Lagrangian(net), [x], ratio=1.0)
+    for mine, row in zip(found, rows, strict=True):
+        assert mine.sigma_mean == pytest.approx(row.sigma_mean)
+
+
 def _independent(*shape):
     """Examples whose values are uncorrelated and of one spread, exactly."""
     x = torch.randn(shape[0], math.prod(shape[1:]), dtype=torch.float64)

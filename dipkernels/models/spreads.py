@@ -198,11 +198,12 @@ def measured_spreads(
         fits = -x.ndim <= dim < x.ndim and x.shape[dim] == layer.variance.num_features
         if not fits or x.is_complex():
             inputs.explain(layer, x, layer.log_variance)
-        rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
-        seen.setdefault(layer, _Moments()).add(rows)
         reached.setdefault(module)
-        if first is not None and len(rows) and module is next(iter(reached)):
-            first.add(x, dim)
+        with torch._C._DisableFuncTorch():  # whose levels would wrap these sums, and end before them
+            rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
+            seen.setdefault(layer, _Moments()).add(rows)
+            if first is not None and len(rows) and module is next(iter(reached)):
+                first.add(x, dim)
 
     with _statistics_of_the_batch(model), _spectral_norms(model):
         watch(model, watched, observe, batches)
