@@ -154,6 +154,46 @@ def test_a_backward_outside_noise_off_is_an_error(block, x, kind):
         checkpoint(block, x, **KINDS[kind]).sum().backward()
 
 
+class ByAdjoint(torch.autograd.Function):
+    """dE/dx of a network E, by a function that is computed again in backward, as an adjoint is."""
+
+    @staticmethod
+    def forward(ctx, x, forces, *parameters):
+        ctx.forces, ctx.parameters = forces, parameters
+        ctx.save_for_backward(x)
+        return forces(x).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            dx, *rest = torch.autograd.grad(ctx.forces(x), [x, *ctx.parameters], grad)
+        return dx, None, *rest
+
+
+def test_an_adjoint_of_a_function_that_takes_a_derivative(x):
+    """It turns gradients on by itself: a continuous normalising flow, a Hamiltonian network."""
+    net = dip.convert(nn.Sequential(nn.Linear(x.shape[-1], 8), nn.Tanh(), nn.Linear(8, 1)))
+
+    def forces(x):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(net(x).square().sum(), x, create_graph=True)[0]
+
+    def by_adjoint(x):
+        return ByAdjoint.apply(x, forces, *net.parameters())
+
+    with dip.fixed_noise(7):
+        got, want = (gradients(net, x, run) for run in (by_adjoint, forces))
+        y = by_adjoint(x)
+    torch.testing.assert_close(got, want)
+    with dip.fixed_noise(8), pytest.raises(RuntimeError, match=r"row0\) = \(8, 0\)"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="draws a seed"):
+        by_adjoint(x).sum().backward()
+
+
 def test_saved_seeds_need_no_rng_state(block, x):
     block[2].p = 0.0
     saved = selective(lambda op: op is torch.ops.aten.randint.low)

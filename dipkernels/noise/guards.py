@@ -27,8 +27,10 @@ def watch_checkpoint(seed: Tensor) -> None:
     first."""
     if _in_backward() == -1 and torch.is_grad_enabled():
         _note_key()
-        if _saved_tensor_hooks(False) is None:
-            return  # no checkpointed block's first forward
+        # No checkpointed block's first forward, or an adjoint's whose function takes a derivative,
+        # and so turns gradients on by itself: that one has a key.
+        if contexts.KEY is None and _saved_tensor_hooks(False) is None:
+            return
     if _in_backward() == -1:
         if (mark := _mark_of(seed)) is not None:
             _first_draws[mark] = None
