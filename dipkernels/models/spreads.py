@@ -199,7 +199,8 @@ def measured_spreads(
         if not fits or x.is_complex():
             inputs.explain(layer, x, layer.log_variance)
         reached.setdefault(module)
-        with torch._C._DisableFuncTorch():  # whose levels would wrap these sums, and end before them
+        # its levels would wrap these sums, and end before them
+        with torch._C._DisableFuncTorch():
             rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
             seen.setdefault(layer, _Moments()).add(rows)
             if first is not None and len(rows) and module is next(iter(reached)):
