@@ -941,6 +941,43 @@ def test_a_new_head_behind_a_producer_is_not_noised_again(options, head, wrapped
     assert moved(dip.summary(model, [X]).plan) == {"norm": ("a", "b"), "act": ("head",)}
 
 
+class Heads(nn.Module):
+    """A trunk and one head for each task."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 6), nn.GELU())
+        self.heads = nn.ModuleList([nn.Linear(6, 2)])
+
+    def forward(self, x, task=0):
+        return self.heads[task](self.trunk(x))
+
+
+def test_a_head_that_is_added_behind_a_producer_is_not_noised_twice_unsaid():
+
+    def grown():
+        model = dip.convert(net(Heads), **at_producers([X]))
+        model.heads.append(nn.Linear(6, 2))
+        return model
+
+    with no_warning():
+        model = dip.convert(grown(), **at_producers([{"x": X, "task": 1}]))
+        assert list(dip_layers(model)) == ["trunk.0", "trunk.1"]
+        # of a layer that was there at the first conversion is known what it reads
+        dip.convert(dip.convert(net(), **at_producers([X]), exclude=["stem"]))
+        dip.convert(nn.Sequential(grown().heads, nn.Linear(2, 2)))  # without the producer
+    for options, said in (
+        ({}, r"^convert: 1 layer\(s\) that the model got after .*: heads\.1\. One"),
+        (at_producers([X]), r"do not reach 1 layer\(s\), .*: heads\.1\. "),
+    ):
+        with pytest.warns(dip.DIPConversionWarning, match=said) as warned:
+            dip.convert(grown(), **options)
+        assert len(warned) == 1
+    outer = nn.ModuleDict({"net": grown(), "new": nn.Linear(2, 2)})
+    with pytest.warns(dip.DIPConversionWarning, match=r"of their own: net\.heads\.1\. One"):
+        dip.convert(outer)
+
+
 @PLACES
 def test_a_producer_that_was_replaced_leaves_its_readers_to_the_next_conversion(options):
     model = dip.convert(net(), **at_producers([X]), exclude=["stem"])

@@ -37,7 +37,7 @@ from .convertible import (
     twin_of,
     unnoised,
 )
-from .marks import forget, remember
+from .marks import forget, new_beside_producers, noises_outputs, remember
 from .patterns import Patterns, require_alike, shared_groups, value_of_each
 from .place import UNREACHED, ProducerPlan, find_moves
 from .probe import listed, probed
@@ -164,7 +164,9 @@ def convert(
     twins |= {move.producer: move.twin for move in made}
     # of an attention that reads a producer the out-projection is noised all the same
     twins |= {m: DIPMultiheadAttention for m in moved if isinstance(m, nn.MultiheadAttention)}
-    if plan is not None:
+    if plan is None:
+        _warn_unwatched(new_beside_producers(model, [names[m][0] for m in staying]))
+    elif plan.moved or noises_outputs(model):
         _warn_unreached(plan)
     _warn_of_twice([names[m][0] for m in again])
     _warn_without_noise(choice)  # some make it an error: nothing has changed yet
@@ -376,13 +378,26 @@ def _become_dip(
 def _warn_unreached(plan: ProducerPlan) -> None:
     """Of layers that no batch entered nobody knows what they read."""
     unreached = [name for row in plan.left if row.reason == UNREACHED for name in row.layers]
-    if plan.moved and unreached:
+    if unreached:
         warnings.warn(
             f"convert: the batches do not reach {len(unreached)} layer(s), which keep a projection "
             f"of their own: {', '.join(unreached)}. A layer that reads what a module of the plan "
             "makes would get noise twice. Give batches that reach every layer, or name these in "
             "exclude=[...]. If what is around one reads its weight without calling it, it draws "
             "no noise: before=[...] noises the input of that",
+            DIPConversionWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_unwatched(layers: list[str]) -> None:
+    """Of layers that came after the producers nobody has watched what they read."""
+    if layers:
+        warnings.warn(
+            f"convert: {len(layers)} layer(s) that the model got after place='producer' draw noise "
+            f"of their own: {', '.join(layers)}. One that reads what a module of that plan noises "
+            "gets noise twice. place='producer' with batches that reach these layers sees it; or "
+            "name these in exclude=[...]",
             DIPConversionWarning,
             stacklevel=3,
         )

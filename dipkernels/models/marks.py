@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # each parent of its own
 CONVERTED = "_dip_converted"
 PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
+KNOWN = "_dip_known"  # beside it: the names of all modules that there were
 # in that of a layer whose input is noised where it is made: known in a part of the model too
 _READS_NOISE = "_dip_reads_noise"
 CONFIG = "_dip_config"  # in that of a model that a DIPConfig was applied to: the config
@@ -56,12 +57,31 @@ def remember(
         earlier = getattr(vars(root).get(PLAN), "moved", ())
         kept = [row for row in earlier if modules.get(row.producer) in producers]
         root.__dict__[PLAN] = dataclasses.replace(plan, moved=(*kept, *plan.moved))
+    if PLAN in vars(root):
+        root.__dict__[KNOWN] = frozenset(modules)
 
 
 def forget(model: nn.Module) -> None:
     for module in model.modules():
-        for key in (CONVERTED, PLAN, _READS_NOISE, CONFIG, WAITING):
+        for key in (CONVERTED, PLAN, KNOWN, _READS_NOISE, CONFIG, WAITING):
             module.__dict__.pop(key, None)
+
+
+def noises_outputs(model: nn.Module) -> bool:
+    """Whether a module in it noises what other layers read."""
+    return any(getattr(module, "noises_output", False) for module in model.modules())
+
+
+def new_beside_producers(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The names of those that came after a conversion with place="producer", of which nobody knows
+    whether they read what a producer noises."""
+    found: dict[str, None] = {}
+    for prefix, root in plain_names(model).items() if noises_outputs(model) else ():
+        inside = prefix and f"{prefix}."
+        for name in layers if KNOWN in vars(root) else ():
+            if name.startswith(inside) and name.removeprefix(inside) not in vars(root)[KNOWN]:
+                found[name] = None
+    return [*found]
 
 
 def noised_where_made(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
