@@ -82,8 +82,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
             sharded by FSDP.
         batch: A tensor; a mapping, passed as keywords; or a list or tuple, passed as positional
             arguments if the model takes so many, otherwise only its first element. It needs labels
-            if the model computes its own loss. The step changes no parameter, gradient, buffer or
-            random state.
+            if the model computes its own loss. The step changes no gradient, buffer or random
+            state, and no parameter but those that forward itself writes (MoCo's key encoder).
         strict: Raise if there is a fault. Otherwise return the report.
 
     Returns:

@@ -30,10 +30,10 @@ def trajectories(
     Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b *
     m + s). So the noise of an example does not depend on the other examples of the batch. BatchNorm
     in training mode sees all B * m rows at once. So does a model that compares the examples of its
-    batch (CLIP's similarities, a graph's edges). There take torch.stack([model(x) for _ in
-    range(m)]), outside fixed_noise, because inside it the passes would be equal. A model that takes
-    the sequence first, [L, B, E], would get a longer sequence: pass a function that puts the batch
-    first.
+    batch (CLIP's similarities, in-batch negatives) or numbers their rows (a graph's edges, an
+    EmbeddingBag's offsets). There take torch.stack([model(x) for _ in range(m)]), outside
+    fixed_noise, because inside it the passes would be equal. A model that takes the sequence first,
+    [L, B, E], would get a longer sequence: pass a function that puts the batch first.
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
