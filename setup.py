@@ -28,6 +28,9 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CUDA_ARCHS = "80 86 89 90 100 120"
+FAST = re.compile(
+    "-ffast-math|-Ofast|-funsafe-math|-mdaz-ftz|use_fast_math|fmad|-ftz|prec-(div|sqrt)"
+)
 AVX2 = "-mavx2 -mfma -mf16c"
 # The files that are compiled once per instruction set, with their entry points.
 CPU_KERNELS = {
@@ -87,6 +90,19 @@ def jobs():
     if value and not re.fullmatch("0*[1-9][0-9]*", value):
         raise SystemExit(f"MAX_JOBS: expected a whole number from 1 on, or nothing, got {value!r}")
     return ["-j", value] if value else []
+
+
+def link_flags():
+    """LDFLAGS, as the ninja file has them. gcc's fast arithmetic would, when the library is loaded,
+    flush the denormal numbers of the whole process; nvcc reads two variables by itself."""
+    for name in ("LDFLAGS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        value = os.environ.get(name, "")
+        if FAST.search(value):
+            raise SystemExit(
+                f"{name}: expected no flags of fast arithmetic, which changes the noise, "
+                f"got {value!r}"
+            )
+    return os.environ.get("LDFLAGS", "").replace("$", "$$")
 
 
 def cuda_archs(nvcc=None):
@@ -160,7 +176,7 @@ def plan():
             "and Triton still run"
         )
         return False, False, None, None
-    cuda_archs(), jobs()  # what is wrong in them is said before anything is compiled
+    cuda_archs(), jobs(), link_flags()  # what is wrong in them is said before anything is compiled
     if cuda and nvcc is None:
         raise SystemExit(
             "DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH, CUDA_HOME)"
@@ -224,7 +240,6 @@ def ninja_file(cpu, cuda, compiler, nvcc):
     )
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-    ldflags = os.environ.get("LDFLAGS", "").replace("$", "$$")
     lines = [
         f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {flags} {' '.join(defines)} "
         "$flags -c $in -o $out"
@@ -235,7 +250,7 @@ def ninja_file(cpu, cuda, compiler, nvcc):
         "$in -o $out"
         "\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {quoted(compiler)} -shared $in -o $out "
-        f"-Wl,--version-script=exports.map {ldflags}"
+        f"-Wl,--version-script=exports.map {link_flags()}"
         " -Ltorch/lib -Wl,--as-needed -ltorch_cpu $libs",
     ]
     units = [("operations.cpp", "operations", "-Itorch/include")]

@@ -7,6 +7,10 @@
 
 #include "philox.h"
 
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || __FINITE_MATH_ONLY__
+#error "fast arithmetic changes the noise: build without -ffast-math, which this compiler adds"
+#endif
+
 namespace dip {
 
 // One lane: a GPU thread, or plain C++.

@@ -40,6 +40,11 @@ def setup_py(*arguments, **environment):
         # ninja's 0 is all at once, which takes the memory
         (dict(MAX_JOBS="0"), "MAX_JOBS: expected a whole number from 1 on, or nothing, got '0'"),
         (dict(MAX_JOBS="four"), "got 'four'"),
+        # once the import flushed the denormal numbers of the whole process
+        (dict(LDFLAGS="-O2 -ffast-math"), "LDFLAGS: expected no flags of fast arithmetic"),
+        (dict(LDFLAGS="-Wl,-z,now -Ofast"), "got '-Wl,-z,now -Ofast'"),
+        (dict(NVCC_APPEND_FLAGS="-use_fast_math"), "NVCC_APPEND_FLAGS: expected no flags"),
+        (dict(NVCC_PREPEND_FLAGS="-ccbin=g++ -fmad=true"), "NVCC_PREPEND_FLAGS: expected no flags"),
     ],
 )
 def test_build_refuses_what_it_cannot_do(environment, expected):
@@ -185,6 +190,15 @@ def test_the_build_heeds_max_jobs_and_ldflags(odd_checkout, tmp_path):
     assert status == 0, output
     status, output = build_in(odd_checkout, CXX=str(alone), MAX_JOBS="1", LDFLAGS="-Lnowhere")
     assert status != 0 and "no nowhere" in output
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations"])
+def test_a_compiler_with_fast_arithmetic_of_its_own_compiles_no_kernel(flag):
+    """As a wrapper or a vendor's compiler has."""
+    for stem in module_at("setup.py").CPU_KERNELS:
+        source = ROOT / "csrc" / "cpu" / f"{stem}.cpp"
+        done = ran("g++", "-std=c++17", "-E", flag, source)
+        assert done.returncode and "fast arithmetic changes the noise" in done.stderr, stem
 
 
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys):
