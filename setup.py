@@ -60,8 +60,14 @@ def is_x86(compiler):
 def toolkit(nvcc):
     """The CUDA toolkit of `nvcc`, such as 12.8: its static runtime decides which driver the library
     needs."""
-    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    return re.search(r"release (\d+\.\d+)", text).group(1)
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    if found is None:
+        raise SystemExit(
+            f"NVCC: expected an nvcc that says its release, got {nvcc!r}, which says "
+            f"{(done.stdout + done.stderr).strip()!r}; DIPKERNELS_CUDA=0 builds without it"
+        )
+    return found.group(1)
 
 
 def toolkit_folder(nvcc):
@@ -109,9 +115,10 @@ def cuda_archs(nvcc=None):
     """The architectures to compile for: what was asked for, else those of all that `nvcc` knows."""
     value = os.environ.get("DIPKERNELS_CUDA_ARCHS") or CUDA_ARCHS
     archs = value.split()
-    if not archs or not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
-        raise SystemExit(f"DIPKERNELS_CUDA_ARCHS: expected numbers as in '80 90a', got {value!r}")
-    if any(int(arch.rstrip("af")) < 80 for arch in archs):
+    # 90a would run on no newer GPU, and no kernel here needs what it adds
+    if not archs or not all(re.fullmatch(r"\d+", arch) for arch in archs):
+        raise SystemExit(f"DIPKERNELS_CUDA_ARCHS: expected numbers as in '80 90', got {value!r}")
+    if any(int(arch) < 80 for arch in archs):
         raise SystemExit(
             f"DIPKERNELS_CUDA_ARCHS: expected 80 or newer, got {value!r}: an older GPU runs "
             "Triton's kernels; build with DIPKERNELS_CUDA=0"
@@ -137,7 +144,7 @@ def command(name, default, places=None):
             f"{name}: expected one command, without arguments, that is there, got {asked!r}; for "
             "ccache put the folder of its compilers first on the PATH"
         )
-    return found
+    return found and os.path.abspath(found)  # ninja runs it in another folder
 
 
 def find_torch():
@@ -161,7 +168,8 @@ def plan():
     """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
     compiler = command("CXX", "g++")
     # as torch does: asked for, CUDA_HOME goes before the PATH
-    path, home = os.environ.get("PATH", os.defpath), os.environ.get("CUDA_HOME")
+    path = os.environ.get("PATH", os.defpath)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")
     nvcc = command("NVCC", "nvcc", os.pathsep.join(places))
     cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")

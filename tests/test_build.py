@@ -34,8 +34,10 @@ def setup_py(*arguments, **environment):
         # once a pure Python install, of which pip showed nothing
         (dict(CXX="ccache g++"), "CXX: expected one command, without arguments"),
         (dict(NVCC="no-such-nvcc"), "that is there, got 'no-such-nvcc'"),
-        (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90a', got '8.0;9.0'"),
-        (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90a', got 'sm_90'"),
+        (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90', got '8.0;9.0'"),
+        (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90', got 'sm_90'"),
+        # once taken for code that runs on sm_91 to sm_99 and newer, where it does not
+        (dict(DIPKERNELS_CUDA_ARCHS="80 90a"), "as in '80 90', got '80 90a'"),
         (dict(DIPKERNELS_CUDA_ARCHS="75 90"), "expected 80 or newer, got '75 90'"),
         # ninja's 0 is all at once, which takes the memory
         (dict(MAX_JOBS="0"), "MAX_JOBS: expected a whole number from 1 on, or nothing, got '0'"),
@@ -201,6 +203,20 @@ def test_a_compiler_with_fast_arithmetic_of_its_own_compiles_no_kernel(flag):
         assert done.returncode and "fast arithmetic changes the noise" in done.stderr, stem
 
 
+def test_a_compiler_may_be_named_relative_to_the_checkout(odd_checkout):
+    program_at(odd_checkout / "c++", COMPILER)
+    status, output = build_in(odd_checkout, CXX="./c++")
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("text", ["echo no license >&2; exit 1", "echo Cuda compilation tools"])
+def test_an_nvcc_that_does_not_work_is_named(odd_checkout, tmp_path, text):
+    nvcc, cxx = program_at(tmp_path / "nvcc", text), program_at(tmp_path / "c++", COMPILER)
+    status, output = build_in(odd_checkout, CXX=str(cxx), NVCC=str(nvcc), DIPKERNELS_CUDA="1")
+    assert status != 0 and "Traceback" not in output
+    assert f"NVCC: expected an nvcc that says its release, got '{nvcc}'" in output
+
+
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys):
     """Of all architectures; of what was asked for, it is to say that it cannot."""
     nvcc = program_at(tmp_path / "nvcc", "printf 'compute_%s\\n' 75 80 86 87 89 90")
@@ -213,11 +229,14 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("home, found", [("toolkit", "toolkit/bin/nvcc"), ("none", "nvcc")])
-def test_nvcc_is_looked_for_in_cuda_home_then_on_the_path_as_by_torch(tmp_path, home, found):
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_nvcc_is_looked_for_in_cuda_home_then_on_the_path_as_by_torch(
+    tmp_path, variable, home, found
+):
     (tmp_path / "toolkit" / "bin").mkdir(parents=True)
     for name, text in (("toolkit/bin/nvcc", ""), ("nvcc", ""), ("c++", COMPILER)):
         program_at(tmp_path / name, text)
-    places = dict(PATH=str(tmp_path), CUDA_HOME=str(tmp_path / home))
+    places = {"PATH": str(tmp_path), "CUDA_HOME": "", variable: str(tmp_path / home)}
     compilers = dict(NVCC="", CXX=str(tmp_path / "c++"), DIPKERNELS_CPU="", DIPKERNELS_CUDA="")
     status, output = setup_py("--version", **places, **compilers)
     assert status == 0 and f"(nvcc {tmp_path / found}, torch" in output

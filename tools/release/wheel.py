@@ -86,7 +86,8 @@ def glibc() -> tuple[int, ...]:
 
 def toolkit() -> str:
     """The release of nvcc, such as 12.8, and what it means to the user."""
-    path, home = os.environ.get("PATH", os.defpath), os.environ.get("CUDA_HOME")
+    path = os.environ.get("PATH", os.defpath)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")  # as setup.py's
     nvcc = shutil.which(os.environ.get("NVCC") or "nvcc", path=os.pathsep.join(places))
     if nvcc is None:
