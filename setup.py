@@ -7,6 +7,7 @@ Variables (docs/environment.md): DIPKERNELS_CPU, DIPKERNELS_CUDA, DIPKERNELS_CUD
 CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (tools/release/wheel.py).
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -316,7 +317,8 @@ class NinjaBuild(build_ext):
         folder = Path(self.build_temp).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one checkout take turns
+            with contextlib.suppress(OSError):  # Lustre may be mounted without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one checkout take turns
             self.build_in(folder, out, torch)
 
     def build_in(self, folder, out, torch):

@@ -209,6 +209,15 @@ def test_a_compiler_may_be_named_relative_to_the_checkout(odd_checkout):
     assert status == 0, output
 
 
+def test_a_file_system_without_locks_holds_a_checkout(odd_checkout, tmp_path):
+    """As Lustre is, where a cluster mounts it without flock."""
+    no_locks = "LOCK_EX = 2\ndef flock(file, how): raise OSError(38, 'Function not implemented')\n"
+    (tmp_path / "fcntl.py").write_text(no_locks)
+    compiler = program_at(tmp_path / "c++", COMPILER)
+    status, output = build_in(odd_checkout, CXX=str(compiler), PYTHONPATH=str(tmp_path))
+    assert status == 0, output
+
+
 @pytest.mark.parametrize("text", ["echo no license >&2; exit 1", "echo Cuda compilation tools"])
 def test_an_nvcc_that_does_not_work_is_named(odd_checkout, tmp_path, text):
     nvcc, cxx = program_at(tmp_path / "nvcc", text), program_at(tmp_path / "c++", COMPILER)
