@@ -13,8 +13,8 @@ import torch
 
 from . import backends
 
-# What Triton's own code reads, at the first call on a GPU; backends reads the others.
-_VALUES = {"DIPKERNELS_AUTOTUNE": ("0", "1")}
+# What the build reads, and Triton's own code at the first call on a GPU; backends reads the others.
+_VALUES = dict.fromkeys(("DIPKERNELS_AUTOTUNE", "DIPKERNELS_CPU", "DIPKERNELS_CUDA"), ("0", "1"))
 # All that docs/environment.md has, without DIPKERNELS_; and what the tests and checks here set.
 _KNOWN = ("CPU", "CUDA", "CUDA_ARCHS", "BACKEND", "COMPILED_KEEP", "CPU_CAPABILITY", "AUTOTUNE")
 _OURS = ("TEST_SEED", "TEST_ORDER", "GPU_CHECK")

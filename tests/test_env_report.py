@@ -111,6 +111,7 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
             "DIPKERNELS_COMPILED_KEEP: expected one of ('x', 'u', 'bytes'), got 'both'",
         ),
         ("DIPKERNELS_CPU_CAPABILITY", "sse9", "DIPKERNELS_CPU_CAPABILITY: expected one of"),
+        ("DIPKERNELS_CPU", "on", "DIPKERNELS_CPU: expected one of ('0', '1'), got 'on'"),
         (
             "DIPKERNELS_AUTOTUNE",
             "yes",
