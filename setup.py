@@ -30,7 +30,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 CUDA_ARCHS = "80 86 89 90 100 120"
 FAST = re.compile(
-    "-ffast-math|-Ofast|-funsafe-math|-mdaz-ftz|use_fast_math|fmad|-ftz|prec-(div|sqrt)"
+    r"\B--?(ffast-math|Ofast|funsafe-math|mdaz-ftz|use_fast_math|fmad|ftz|prec-div|prec-sqrt)\b"
 )
 AVX2 = "-mavx2 -mfma -mf16c"
 # The files that are compiled once per instruction set, with their entry points.

@@ -45,7 +45,8 @@ def setup_py(*arguments, **environment):
         # once the import flushed the denormal numbers of the whole process
         (dict(LDFLAGS="-O2 -ffast-math"), "LDFLAGS: expected no flags of fast arithmetic"),
         (dict(LDFLAGS="-Wl,-z,now -Ofast"), "got '-Wl,-z,now -Ofast'"),
-        (dict(NVCC_APPEND_FLAGS="-use_fast_math"), "NVCC_APPEND_FLAGS: expected no flags"),
+        (dict(LDFLAGS="-funsafe-math-optimizations"), "LDFLAGS: expected no flags"),
+        (dict(NVCC_APPEND_FLAGS="-O3 --use_fast_math"), "NVCC_APPEND_FLAGS: expected no flags"),
         (dict(NVCC_PREPEND_FLAGS="-ccbin=g++ -fmad=true"), "NVCC_PREPEND_FLAGS: expected no flags"),
     ],
 )
@@ -62,6 +63,10 @@ def test_build_refuses_what_it_cannot_do(environment, expected):
         (
             dict(DIPKERNELS_CUDA="", DIPKERNELS_CUDA_ARCHS=""),
             ["CUDA kernels:", "DIPKERNELS_CUDA=0|1 decides"],
+        ),
+        (
+            dict(DIPKERNELS_CUDA="0", LDFLAGS="-L/home/fmad-ftz/lib -Wl,-z,now -fno-fast-math"),
+            ["CPU kernels: yes"],
         ),
         (NO_COMPILER, ["no C++ compiler", "pure Python install"]),
     ],
