@@ -161,6 +161,7 @@ NORMS = {  # shape, col0, columns of a program where not its own
     "three": ((2, 5, 24), 0, None),
     "many rows": ((70, 520), 53, None),
     "split": ((5, 37), 35, 16),
+    "blocks": ((9, 768), 0, None),
     "long": ((2, 4104), 0, None),
 }
 AFFINE = {  # weight, bias, offset
@@ -174,7 +175,11 @@ NORM_CASES = quick_of(
         *itertools.product(NORMS, KINDS, ["both"], DTYPES, CONFIGS),
         *itertools.product(["odd", "split"], KINDS, ["weight", "bias", "none"], DTYPES, CONFIGS),
     ],
-    [("odd", "layer", "both", F32, 80), ("split", "rms", "weight", BF16, 80)],
+    [
+        ("odd", "layer", "both", F32, 80),
+        ("split", "rms", "weight", BF16, 80),
+        ("blocks", "layer", "both", BF16, 90),
+    ],
 )
 
 

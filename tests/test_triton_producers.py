@@ -20,13 +20,13 @@ def compiled(launches, arch):
         yield result
 
 
-QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90)]
+QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90), ("rms", 5120, torch.bfloat16, 90)]
 
 
 # Above 4096 columns, 2048 of float64, a program does not hold a row.
 @pytest.mark.parametrize(
     "kind, k, dtype, arch",
-    slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 1024, 4096, 9000], DTYPES, ARCHS),
+    slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 768, 1024, 4096, 5120, 9000], DTYPES, ARCHS),
 )
 def test_norm_compiles_without_spills(kind, k, dtype, arch):
     x = meta(4096, k, dtype=dtype)
@@ -51,6 +51,18 @@ def test_norm_compiles_without_spills(kind, k, dtype, arch):
             any(op.startswith("LDG") and op.endswith(("128", "64")) for op in r.count())
             for r in results[:2]
         )
+
+
+@pytest.mark.parametrize("k", [768, 1280, 1536, 2560, 3584, 4096, 5120, 7168, 8192, 14336])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norm_draws_for_few_lanes_without_a_column(k, dtype):
+    """Of the widths of transformers most are no power of two, as a tile is; each lane draws."""
+    x, sigma, seed = meta(4096, k, dtype=dtype), meta(k), meta(2, dtype=torch.int64)
+    with recorded_launches(norm) as launches:
+        norm.norm(x, None, None, sigma, seed, *DRAW, "rms", 1e-5, 0.0, None)
+    tile = launches[0][2]
+    lanes = tile["COL_BLOCKS"] * tile["BLOCK_K"]
+    assert k <= lanes < 8 / 7 * k + 0.5 or k * dtype.itemsize > 32768
 
 
 QUICK_GATES = [("silu", torch.bfloat16, 90)]

@@ -1,8 +1,9 @@
 """triton_kernels/norm.py: h = (x - mean) rstd, u = h (offset + weight) + bias + factor s z, and
 back.  docs/maths.md, section 10.
 
-Forward a program takes whole rows, in column blocks where one does not hold them. Back it takes
-whole rows up to what MAX_WARPS hold; beyond, a kernel before it sums along the rows.
+Forward a program takes whole rows; blocks of columns where many lanes would have none, or where it
+does not hold a row. Back it takes whole rows up to what MAX_WARPS hold; beyond, a kernel before it
+sums along the rows.
 """
 
 import torch
@@ -85,16 +86,16 @@ def _norm_fwd_kernel(
     for row_block in range(tl.program_id(0), tl.cdiv(M, BLOCK_R), tl.num_programs(0)):
         row = tl.cast(row_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         # load, and the sums along a row
-        sums = tl.zeros([BLOCK_R], dtype)
+        sums = tl.zeros([BLOCK_R, BLOCK_K], dtype)
         x = tl.zeros([BLOCK_R, BLOCK_K], dtype)
         if CENTRED:
             for c in range(COL_BLOCKS):
                 _, col = columns_at(c, origin, BLOCK_K)
                 mask = (row < M)[:, None] & ((col >= 0) & (col < K))[None, :]
                 x = load_matrix(x_ptr, row, col, mask, x_row, dtype)
-                sums += tl.sum(x, axis=1)
-        mean = sums / K
-        squares = tl.zeros([BLOCK_R], dtype)
+                sums += x
+        mean = tl.sum(sums, axis=1) / K
+        squares = tl.zeros([BLOCK_R, BLOCK_K], dtype)
         for c in range(COL_BLOCKS):
             _, col = columns_at(c, origin, BLOCK_K)
             inside = (col >= 0) & (col < K)
@@ -102,8 +103,8 @@ def _norm_fwd_kernel(
             if not CENTRED or COL_BLOCKS > 1:
                 x = load_matrix(x_ptr, row, col, mask, x_row, dtype)
             centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
-            squares += tl.sum(centred * centred, axis=1)
-        rstd = 1.0 / _root(squares / K + tl.cast(eps, dtype))
+            squares = tl.fma(centred, centred, squares)
+        rstd = 1.0 / _root(tl.sum(squares, axis=1) / K + tl.cast(eps, dtype))
         if CENTRED:
             tl.store(stats_ptr + row, mean, mask=row < M)
             tl.store(stats_ptr + M + row, rstd, mask=row < M)
@@ -242,6 +243,18 @@ def _whole_columns(dtype):
     return TILE_ELEMENTS * MAX_WARPS // (8 if dtype is torch.float64 else 4)
 
 
+def _forward_columns(k, shift, dtype):
+    """Of a forward tile: a whole row, whose lanes are a power of two; or a block, where an eighth or
+    more of those would idle or no program holds a row. Rows are read again then, and two or more
+    share weight and sigma: in L1, which rows of more than 32 KiB would overrun, and by wide loads,
+    as single ones would spill."""
+    whole, lanes = _whole_columns(dtype), triton.next_power_of_2(k)
+    is_wide = shift == 0 and k % 16 == 0 and k * dtype.itemsize <= 32 * 1024
+    if not is_wide or (lanes <= whole and 8 * (lanes - k) < lanes):
+        return whole
+    return next((block for block in (1024, 512, 256) if 8 * (-k % block) <= k), whole)
+
+
 def _tile(m, k, dtype, limit):
     """BLOCK_R, BLOCK_K and num_warps, by name"""
     elements = TILE_ELEMENTS // 2 if dtype is torch.float64 else TILE_ELEMENTS
@@ -263,7 +276,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
         return u, stats.zero_()  # of nothing
     rows, flat_u = flat_rows(x), flat_rows(u)
     weight, bias, sigma = dense(weight, bias, sigma)
-    tile = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
+    tile = _tile(m, k + shift, x.dtype, _forward_columns(k, shift, x.dtype))
     grid = (min(triton.cdiv(m, tile["BLOCK_R"]), 32 * num_multiprocessors(x.device)),)
     tensors = (flat_u, stats, rows, weight, bias, sigma, seed)
     sizes = (m, k, flat_u.stride(0), rows.stride(0))
