@@ -485,6 +485,28 @@ def test_calibrate_names_layers_whose_inputs_hardly_vary_yet(scale, shift, named
     assert [f"inputs of [{named}] vary" in text for text in texts] == [True] * (named is not None)
 
 
+@pytest.mark.parametrize("options", [{}, {"per": "feature"}])
+@pytest.mark.parametrize(
+    "large, blank, front, named",
+    [
+        (3, 0, nn.Identity(), True),  # the raw columns of a table
+        (3, 0, nn.BatchNorm1d(8), False),
+        (4, 0, nn.Identity(), False),  # half of them are not most
+        (8, 0, nn.Identity(), False),
+        (3, 5, nn.Identity(), False),  # as blank pixels
+    ],
+)
+def test_calibrate_names_a_first_layer_most_of_whose_features_are_small(
+    large, blank, front, named, options
+):
+    torch.manual_seed(0)
+    scale = torch.tensor([1000.0] * large + [1.0] * (8 - large - blank) + [0.0] * blank)
+    model = convert(nn.Sequential(front, nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)))
+    x = torch.randn(64, 8) * scale
+    texts = warned(lambda: calibrate(model, [x], **options), "Standardise the columns")
+    assert len(texts) == named and all("that '1' reads" in text for text in texts)
+
+
 def test_summary_prints_a_table():
     model = convert(Net(), 0.04)
     rows = summary(model)

@@ -156,6 +156,8 @@ def calibrate(
 
     Warns:
         UserWarning: Inputs that vary by less than a thousandth of their size; it names the layers.
+            A first layer most of whose features vary by less than a hundredth of the root mean
+            square over all, as the raw columns of a table may.
 
     Examples:
         >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(512, 4)

@@ -27,6 +27,8 @@ FEW = 64
 PART = 2**18
 # spread over size below which a layer's input says nothing of what it will be like in training
 STILL = 1e-3
+# spread over the layer's root mean square one below which a feature counts as hardly varying
+SMALL = 0.01
 # power iterations, as many as torch's newer spectral_norm makes at its start
 ITERATIONS = 15
 
@@ -229,6 +231,16 @@ def measured_spreads(
             "noise in proportion to that is hardly any. Behind a class token, or branches that "
             "start near zero (LayerScale), they vary only later: train some steps, then calibrate "
             "again. Features that lie far from zero: subtract their mean",
+            stacklevel=2,
+        )
+    entrance, _ = watched[next(iter(reached))]
+    spread = seen[entrance].spread()
+    spread = spread[spread > 0]
+    if (spread < SMALL * spread.square().mean().sqrt()).sum() > len(spread) / 2:
+        warnings.warn(
+            f"dipkernels: most features that {shown[entrance]!r} reads vary by less than a "
+            "hundredth of the root mean square over all of them, so the noise drowns them. "
+            "Standardise the columns of a table, or put a BatchNorm in front of the layer",
             stacklevel=2,
         )
     for name, layer in layers.items():

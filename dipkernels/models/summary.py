@@ -13,7 +13,7 @@ from ..nn.wrappers import inmost
 from .check import require_finite
 from .marks import PLAN
 from .place import ProducerPlan
-from .spreads import measured_spreads
+from .spreads import SMALL, measured_spreads
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     for name, layer in layers.items():
         sigma, spread, ratio = layer.variance.sigma.double().cpu(), layer.variance.spread, None
         if spread is not None:
-            varies = spread > 0.01 * spread.square().mean().sqrt()
+            varies = spread > SMALL * spread.square().mean().sqrt()
             # The median: a few features that hardly vary would rule a mean.
             ratio = (sigma / spread)[varies].median().item() if bool(varies.any()) else None
         low = mean = high = 0.0
