@@ -7,9 +7,11 @@ import pytest
 import torch
 from cuda_support import gpu_expectation
 from layout_support import ALL, cases, fake_of, kinds_of
-from triton_support import SHARED_MEMORY, compile_launch, load_kernels, recorded_launches
+from triton_support import SHARED_MEMORY, compile_launch, load_kernels, recorded_launches, triton
 
-noise, perturb, linear, blocks = load_kernels("noise", "perturb", "linear", "blocks")
+noise, perturb, linear, blocks, tiles = load_kernels(
+    "noise", "perturb", "linear", "blocks", "tiles"
+)
 ARCHS = [80, 90, 100]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -162,6 +164,16 @@ def test_results_lie_as_their_fakes_say_in_every_layout():
             assert kinds_of(run(*arguments)) == fake_of(op, arguments), op
             found.add(op)
     assert found == ALL
+
+
+def test_a_launch_computes_its_grid_as_triton_would_without_its_wrappers(monkeypatch):
+    for a, b in itertools.product([1, 2, 3, 8, 255, 256, 257, 2**31, 2**40 + 1], [1, 3, 8, 4096]):
+        assert tiles.cdiv(a, b) == triton.cdiv(a, b)
+        assert tiles.next_power_of_2(a) == triton.next_power_of_2(a)
+    for name in ("cdiv", "next_power_of_2"):  # which take microseconds
+        monkeypatch.delattr(triton, name)
+    assert len(perturb_launches((8, 64), -1, torch.bfloat16)) == 6
+    assert len(linear_launches(32, 64, 64, torch.bfloat16, 90)) >= 4
 
 
 @pytest.mark.parametrize("op", blocks.TABLE[80])

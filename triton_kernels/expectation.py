@@ -10,7 +10,7 @@ import triton.language as tl
 from .activations import within
 from .mixtures import MIXTURES
 from .perturb import column_sum
-from .tiles import num_multiprocessors, on_device
+from .tiles import cdiv, next_power_of_2, num_multiprocessors, on_device
 
 BLOCK_N = 128
 
@@ -328,9 +328,9 @@ def _grid(mu, activation):
     """Blocks of columns, and programs that share the rows of one: few, as each first computes what
     depends on v alone."""
     n = mu.shape[-1]
-    col_blocks = triton.cdiv(n, BLOCK_N)
-    row_blocks = triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype))
-    return col_blocks, min(row_blocks, triton.cdiv(4 * num_multiprocessors(mu.device), col_blocks))
+    col_blocks = cdiv(n, BLOCK_N)
+    row_blocks = cdiv(mu.numel() // n, _rows(activation, mu.dtype))
+    return col_blocks, min(row_blocks, cdiv(4 * num_multiprocessors(mu.device), col_blocks))
 
 
 def _launch(out, partial, mu, dy, v, activation, grid):
@@ -462,9 +462,9 @@ def _variance_bwd_kernel(
 
 def _weight_tile(sigma, n, k):
     """(BLOCK_N, BLOCK_K)"""
-    block_k = min(triton.next_power_of_2(k), 256)
+    block_k = min(next_power_of_2(k), 256)
     elements = 1024 if sigma.dtype is torch.float64 else 2048
-    return min(triton.next_power_of_2(n), elements // block_k), block_k
+    return min(next_power_of_2(n), elements // block_k), block_k
 
 
 def affine_variance(weight, sigma, log_variance):
@@ -473,11 +473,11 @@ def affine_variance(weight, sigma, log_variance):
     v = torch.empty(n, dtype=sigma.dtype, device=sigma.device)
     if weight.numel() == 0:
         return v.zero_()
-    block_k = min(triton.next_power_of_2(k), 512)
+    block_k = min(next_power_of_2(k), 512)
     # rows enough for every multiprocessor
     block_n = 4 if n >= 4 * 2 * num_multiprocessors(weight.device) else 1
     with on_device(weight):
-        _variance_kernel[(triton.cdiv(n, block_n),)](
+        _variance_kernel[(cdiv(n, block_n),)](
             v, weight, sigma, n, k, LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k
         )
     return v
@@ -491,8 +491,8 @@ def affine_variance_bwd(dv, weight, sigma, log_variance, given):
     if weight.numel() == 0:
         return dweight, dsigma.zero_()
     block_n, block_k = _weight_tile(sigma, n, k)
-    col_blocks, row_blocks = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
-    programs = min(row_blocks, triton.cdiv(8 * num_multiprocessors(weight.device), col_blocks))
+    col_blocks, row_blocks = cdiv(k, block_k), cdiv(n, block_n)
+    programs = min(row_blocks, cdiv(8 * num_multiprocessors(weight.device), col_blocks))
     partial = torch.empty(programs, k, dtype=sigma.dtype, device=sigma.device)
     block, tensors = {"BLOCK_N": block_n, "BLOCK_K": block_k}, (dweight, given, partial, dv, weight)
     with on_device(weight):

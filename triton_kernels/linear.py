@@ -13,7 +13,16 @@ from .blocks import Blocks, blocks, candidates, splits
 from .mixtures import MIXTURES
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
-from .tiles import EXACT, columns_at, flat_rows, load_matrix, num_multiprocessors, on_device, origin
+from .tiles import (
+    EXACT,
+    cdiv,
+    columns_at,
+    flat_rows,
+    load_matrix,
+    num_multiprocessors,
+    on_device,
+    origin,
+)
 
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 ACTIVATIONS = (None, "relu", *MIXTURES)
@@ -339,7 +348,7 @@ def _forward(x, weight, bias, sigma, seed, draw, num_samples, activation, out_dt
         _launch(
             _linear_fwd_kernel,
             op,
-            lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),),
+            lambda meta: (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]),),
             chosen,
             *(y, x, weight, bias, sigma, dy, seed),
             *(m, *sizes),
@@ -396,13 +405,13 @@ def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_varian
     vec, sizes = _divided(col0 % 8, n, k, flat.stride(0), weight.stride(0))
     op = "bwd_x_unaligned" if vec == 1 else "bwd_x"
     chosen = blocks(op, _architecture(dy.device), m, n, k, weight.element_size())
-    row_blocks = triton.cdiv(m, chosen.BLOCK_M)
+    row_blocks = cdiv(m, chosen.BLOCK_M)
     partial = torch.empty(row_blocks, k, dtype=torch.float32, device=dy.device)
     with on_device(dy):
         _launch(
             _linear_bwd_x_kernel,
             op,
-            lambda meta: (row_blocks * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),),
+            lambda meta: (row_blocks * cdiv(k + col0 % 8, meta["BLOCK_K"]),),
             chosen,
             *(dx, partial, flat, weight, seed),
             *(m, *sizes),
@@ -432,10 +441,10 @@ def linear_bwd_weight(
     vec, sizes = _divided(col0 % 8, n, k, dy.stride(0), x.stride(0))
     regular = vec == 8 and max(x.element_size(), dy.element_size()) <= operand.itemsize
     chosen = blocks("bwd_weight", _architecture(dy.device), m, n, k, operand.itemsize, regular)
-    tiles = triton.cdiv(n, chosen.BLOCK_N) * triton.cdiv(k + col0 % 8, chosen.BLOCK_K)
+    tiles = cdiv(n, chosen.BLOCK_N) * cdiv(k + col0 % 8, chosen.BLOCK_K)
     count = splits(tiles, m, num_multiprocessors(dy.device))
-    split_rows = triton.cdiv(triton.cdiv(m, count), chosen.BLOCK_M) * chosen.BLOCK_M
-    count = triton.cdiv(m, split_rows)
+    split_rows = cdiv(cdiv(m, count), chosen.BLOCK_M) * chosen.BLOCK_M
+    count = cdiv(m, split_rows)
     wide = torch.float32 if count > 1 else dtype
     dweight = torch.empty(count, n, k, dtype=wide, device=dy.device)
     with on_device(dy):
@@ -443,7 +452,7 @@ def linear_bwd_weight(
             _linear_bwd_weight_kernel,
             "bwd_weight",
             lambda meta: (
-                triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),
+                cdiv(n, meta["BLOCK_N"]) * cdiv(k + col0 % 8, meta["BLOCK_K"]),
                 count,
             ),
             chosen,

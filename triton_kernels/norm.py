@@ -14,10 +14,12 @@ from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
 from .tiles import (
     EXACT,
+    cdiv,
     columns_at,
     dense,
     flat_rows,
     load_matrix,
+    next_power_of_2,
     num_multiprocessors,
     on_device,
     origin,
@@ -244,11 +246,11 @@ def _whole_columns(dtype):
 
 
 def _forward_columns(k, shift, dtype):
-    """Of a forward tile: a whole row, whose lanes are a power of two; or a block, where an eighth or
+    """Of a forward tile: a whole row, whose lanes are a power of two; a block, where an eighth or
     more of those would idle or no program holds a row. Rows are read again then, and two or more
     share weight and sigma: in L1, which rows of more than 32 KiB would overrun, and by wide loads,
     as single ones would spill."""
-    whole, lanes = _whole_columns(dtype), triton.next_power_of_2(k)
+    whole, lanes = _whole_columns(dtype), next_power_of_2(k)
     is_wide = shift == 0 and k % 16 == 0 and k * dtype.itemsize <= 32 * 1024
     if not is_wide or (lanes <= whole and 8 * (lanes - k) < lanes):
         return whole
@@ -258,8 +260,8 @@ def _forward_columns(k, shift, dtype):
 def _tile(m, k, dtype, limit):
     """BLOCK_R, BLOCK_K and num_warps, by name"""
     elements = TILE_ELEMENTS // 2 if dtype is torch.float64 else TILE_ELEMENTS
-    block_k = max(8, min(triton.next_power_of_2(k), limit))
-    block_r = max(1, min(triton.next_power_of_2(max(m, 1)), elements // block_k))
+    block_k = max(8, min(next_power_of_2(k), limit))
+    block_r = max(1, min(next_power_of_2(max(m, 1)), elements // block_k))
     num_warps = max(4, min(MAX_WARPS, 4 * block_r * block_k // elements))
     return {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": num_warps}
 
@@ -277,7 +279,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
     rows, flat_u = flat_rows(x), flat_rows(u)
     weight, bias, sigma = dense(weight, bias, sigma)
     tile = _tile(m, k + shift, x.dtype, _forward_columns(k, shift, x.dtype))
-    grid = (min(triton.cdiv(m, tile["BLOCK_R"]), 32 * num_multiprocessors(x.device)),)
+    grid = (min(cdiv(m, tile["BLOCK_R"]), 32 * num_multiprocessors(x.device)),)
     tensors = (flat_u, stats, rows, weight, bias, sigma, seed)
     sizes = (m, k, flat_u.stride(0), rows.stride(0))
     with on_device(x):
@@ -287,7 +289,7 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
             *(origin(row0, col0, sample), factor, eps, offset),
             CENTRED=centred,
             LOG_VARIANCE=log_variance,
-            COL_BLOCKS=triton.cdiv(k + shift, tile["BLOCK_K"]),
+            COL_BLOCKS=cdiv(k + shift, tile["BLOCK_K"]),
             **tile,
             **EXACT,
             **ALL_REGISTERS,
@@ -310,9 +312,9 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
     rows, flat_du, flat_dx, wide = flat_rows(x), flat_rows(du), flat_rows(dx), stats.dtype
     whole = k + shift <= _whole_columns(x.dtype)
     tile = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256)
-    col_blocks = triton.cdiv(k + shift, tile["BLOCK_K"])
-    fill = triton.cdiv(4 * num_multiprocessors(x.device), col_blocks)
-    programs = max(1, min(triton.cdiv(m, tile["BLOCK_R"]), fill))
+    col_blocks = cdiv(k + shift, tile["BLOCK_K"])
+    fill = cdiv(4 * num_multiprocessors(x.device), col_blocks)
+    programs = max(1, min(cdiv(m, tile["BLOCK_R"]), fill))
     partial = torch.empty(3, programs, k, dtype=wide, device=x.device)
     strides = (flat_du.stride(0), rows.stride(0))
     means = None
@@ -322,7 +324,7 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
             _norm_sums_kernel[(m,)](
                 *(means, flat_du, rows, stats, weight),
                 *(m, k, *strides, offset),
-                COL_BLOCKS=triton.cdiv(k, TILE_ELEMENTS),
+                COL_BLOCKS=cdiv(k, TILE_ELEMENTS),
                 BLOCK_K=TILE_ELEMENTS,
                 CENTRED=kind == "layer",
                 **EXACT,

@@ -11,6 +11,7 @@ from .tiles import (
     EXACT,
     TILE_ELEMENTS,
     across,
+    cdiv,
     columns_at,
     dense,
     load,
@@ -159,7 +160,7 @@ def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
     """out = factor * sum over partial [P, K], times s / 2 if log_variance: the second stage of
     every sum over rows"""
     block = {"BLOCK_P": 32, "BLOCK_K": 32}
-    grid = (triton.cdiv(partial.shape[1], block["BLOCK_K"]),)
+    grid = (cdiv(partial.shape[1], block["BLOCK_K"]),)
     arguments = (out, partial, sigma, *partial.shape, factor)
     with on_device(partial):
         _column_sum_kernel[grid](*arguments, LOG_VARIANCE=log_variance, **block, **EXACT)

@@ -53,6 +53,15 @@ class Operand(NamedTuple):
     col: int
 
 
+# Triton's own take microseconds, as kernels may call them too, and a launch has several.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def origin(row0: int, col0: int, sample: int) -> Origin:
     return Origin(row0, col0 // 8, col0 % 8, sample)
 
@@ -146,22 +155,22 @@ class Tiling:
 
     @property
     def row_blocks(self) -> int:
-        return self.num_outer * triton.cdiv(self.num_inner, self.block_r)
+        return self.num_outer * cdiv(self.num_inner, self.block_r)
 
     @property
     def col_blocks(self) -> int:
-        return triton.cdiv(self.k + self.col0 % 8, self.block_k)
+        return cdiv(self.k + self.col0 % 8, self.block_k)
 
     def grid(self, device: torch.device) -> tuple[int, int]:
         """(column blocks, row programs): four tiles a program, which keeps key and sigma, once the
         device is full."""
         fill = 8 * num_multiprocessors(device) // self.col_blocks
-        row_programs = max(triton.cdiv(self.row_blocks, 4), fill)
+        row_programs = max(cdiv(self.row_blocks, 4), fill)
         return self.col_blocks, min(self.row_blocks, row_programs, 65535)
 
     def sum_grid(self, device: torch.device) -> tuple[int, int]:
         """The same where every row program leaves a partial sum: four programs a multiprocessor."""
-        fill = triton.cdiv(4 * num_multiprocessors(device), self.col_blocks)
+        fill = cdiv(4 * num_multiprocessors(device), self.col_blocks)
         return self.col_blocks, min(self.row_blocks, fill)
 
     def operands(self, *tensors: torch.Tensor | None) -> list[Operand]:
@@ -205,11 +214,11 @@ def block_shape(
     """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, so that a warp reads whole lines;
     fewer rows in a tile of under 1,024, which would have no 8 columns else"""
     if rows_last:
-        block_r = min(triton.next_power_of_2(num_inner), 256, max(elements // 4, 64))
-        block_k = min(triton.next_power_of_2(k), elements // block_r)
+        block_r = min(next_power_of_2(num_inner), 256, max(elements // 4, 64))
+        block_k = min(next_power_of_2(k), elements // block_r)
     else:
-        block_k = min(triton.next_power_of_2(k), 256)
-        block_r = min(triton.next_power_of_2(num_inner), max(1, elements // max(block_k, 8)))
+        block_k = min(next_power_of_2(k), 256)
+        block_r = min(next_power_of_2(num_inner), max(1, elements // max(block_k, 8)))
     return block_r, max(block_k, 8)
 
 
