@@ -597,6 +597,18 @@ def test_an_own_norm_leaves_its_output_in_memory_as_it_was(kind, x):
     torch.testing.assert_close(each(variances), torch.stack([want] * 2), rtol=0.02, atol=0.02)
 
 
+def test_layers_that_torch_func_calls_stay_and_the_reason_says_so():
+    class Forces(nn.Sequential):
+        def forward(self, x):
+            return torch.func.grad(lambda x: nn.Sequential.forward(self, x).sum())(x)
+
+    model = Forces(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    plan = dip.producer_plan(model, [torch.randn(4, 8)])
+    (row,) = plan.left
+    assert not plan.moved and row.layers == ("0", "2", "4")
+    assert row.reason == "torch.func calls it, which hides what makes its input"
+
+
 class Reshaped(Net):
     """Views, copies and casts on the way, and one row of all."""
 

@@ -183,6 +183,8 @@ class _Planner:
             return None, None, UNREACHED
         made = [source for source in sources if source is not None]
         if len(made) < len(sources):
+            if layer in self.watch.transformed:
+                return None, None, "torch.func calls it, which hides what makes its input"
             beside = ", or tensors that differ" * isinstance(layer, nn.MultiheadAttention)
             return None, None, f"it reads the network's own input{beside}"
         # behind a dropout that training puts between, what eval mode reads

@@ -178,6 +178,7 @@ class Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: defaultdict[nn.Module, list[Call]] = defaultdict(list)
         self.sources: dict[nn.Module, list[Made | None]] = {layer: [] for layer in layers}
+        self.transformed: set[nn.Module] = set()  # layers that torch.func has called
         self.function: str = ""
         self._names, self._layers, self._candidates = names, layers, set(candidates)
         self._made: dict[int, Made] = {}
@@ -282,6 +283,8 @@ class Watch(TorchDispatchMode):
                 return
         made = self._found(x) if isinstance(x, Tensor) else None
         self.sources[layer].append(made)
+        if worlds.transforming():
+            self.transformed.add(layer)
         if made is None or made.call is None:
             return
         call, seen = made.call, layout_of(x)
