@@ -63,7 +63,8 @@ class DIPConfig:
         average: What a prediction averages: "probs", "sigmoid" or "logits".
         key: The key of the noise in training: step i takes key + i. None draws from torch's
             generator. Use None for a network that calls one layer several times in a pass (a
-            recurrent cell): under a key the layer repeats its noise in each call.
+            recurrent cell) or maps over its batch (torch.vmap): under a key the layer repeats its
+            noise in each call.
 
     Raises:
         ValueError, TypeError: A value outside these, which the message names.

@@ -56,8 +56,8 @@ def require_finite_values(argument: str, log_variances: Mapping[str, Tensor]) ->
 class Variance(nn.Module):
     """The learnable variance of a projection, lambda = exp(log_variance), one per input feature.
 
-    `log_variance` [K] is float32 whatever the model's type, because in bfloat16 an optimiser's
-    small steps would be lost in rounding. A state dict without it leaves it as it is.
+    `log_variance` [K] is float32, or float64 behind `model.double()`, because in bfloat16 an
+    optimiser's small steps would be lost in rounding. A state dict without it leaves it as it is.
 
     The buffer `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the
     objective's KL term pulls to: init_variance until `calibrate` sets it. The buffer `pull` [K] is
