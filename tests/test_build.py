@@ -1,6 +1,7 @@
 """The build: what it says, what it honours, and that a machine without a compiler still gets a
 package that works."""
 
+import re
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,20 @@ def test_a_compiler_for_another_system_is_none(tmp_path):
     assert status == 0 and "no C++ compiler for Linux" in output
     status, output = setup_py("--version", CXX=str(compiler), DIPKERNELS_CPU="1")
     assert status != 0 and "there is no C++ compiler for Linux" in output
+
+
+def test_a_build_for_aarch64_asks_for_nothing_of_x86_and_fuses_nothing_unasked(
+    tmp_path, monkeypatch
+):
+    """g++ there fuses products into sums unless told not to. Then the means and the norms'
+    gradients have other bits than on x86."""
+    compiler = str(program_at(tmp_path / "g++", "echo aarch64-linux-gnu"))
+    monkeypatch.setenv("DIPKERNELS_CUDA_ARCHS", "90")
+    setup = module_at("setup.py")
+    text = setup.ninja_file(True, False, compiler, None)
+    assert setup.capabilities(compiler) == ["portable"] and "perturb_portable.o" in text
+    assert "-ffp-contract=off" in text and "-ffast-math" not in text
+    assert not re.search("-m(avx|fma|f16c|arch|cpu)|DIP_HAS_X86|avx", text)
 
 
 @pytest.fixture
