@@ -85,7 +85,12 @@ def has_values(x: Tensor) -> bool:
     subclass's."""
     if tracing() or transforming() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+    return not recording()
+
+
+def recording() -> bool:
+    """Whether make_fx records this call."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def has_ranks() -> bool:

@@ -172,11 +172,14 @@ class ByAdjoint(torch.autograd.Function):
         return dx, None, *rest
 
 
-def test_an_adjoint_of_a_function_that_takes_a_derivative(x):
+@pytest.mark.parametrize("by_func", [False, True])
+def test_an_adjoint_of_a_function_that_takes_a_derivative(x, by_func):
     """It turns gradients on by itself: a continuous normalising flow, a Hamiltonian network."""
     net = dip.convert(nn.Sequential(nn.Linear(x.shape[-1], 8), nn.Tanh(), nn.Linear(8, 1)))
 
     def forces(x):
+        if by_func:
+            return torch.func.grad(lambda x: net(x).square().sum())(x)
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
             return torch.autograd.grad(net(x).square().sum(), x, create_graph=True)[0]
@@ -192,6 +195,12 @@ def test_an_adjoint_of_a_function_that_takes_a_derivative(x):
         y.sum().backward()
     with pytest.raises(RuntimeError, match="draws a seed"):
         by_adjoint(x).sum().backward()
+    if by_func:  # which a checkpoint computes again with the same seeds
+        want, got = (
+            gradients(net, x, run)
+            for run in (forces, lambda x: checkpoint(forces, x, use_reentrant=True))
+        )
+        torch.testing.assert_close(got, want)
 
 
 def test_saved_seeds_need_no_rng_state(block, x):

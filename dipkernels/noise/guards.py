@@ -28,8 +28,9 @@ def watch_checkpoint(seed: Tensor) -> None:
     if _in_backward() == -1 and torch.is_grad_enabled():
         _note_key()
         # No checkpointed block's first forward, or an adjoint's whose function takes a derivative,
-        # and so turns gradients on by itself: that one has a key.
-        if contexts.KEY is None and _saved_tensor_hooks(False) is None:
+        # and so turns gradients on by itself: that one has a key, or is torch.func's.
+        drawn = contexts.KEY is None and not worlds.transforming()
+        if drawn and _saved_tensor_hooks(False) is None:
             return
     if _in_backward() == -1:
         if (mark := _mark_of(seed)) is not None:
@@ -56,10 +57,13 @@ def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
     """What tells one draw from another without stopping a GPU; None where nothing does."""
     if contexts.KEY is not None:
         return contexts.TAG
-    if type(seed) is not Tensor or worlds.transforming():
+    if worlds.transforming():
+        seed = worlds.unwrapped(seed)
+    if type(seed) is not Tensor or worlds.recording():
         return None
     if seed.device.type == "cpu":
-        return tuple(seed.tolist())
+        with torch._C._DisableFuncTorch():
+            return tuple(seed.flatten()[:2].tolist())  # the first of those that vmap maps over
     if seed.device.type != "cuda" or contexts.capturing("cuda"):
         return None
     generator = torch.cuda.default_generators[seed.device.index]
