@@ -30,7 +30,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 CUDA_ARCHS = "80 86 89 90 100 120"
 FAST = re.compile(
-    r"\B--?(ffast-math|Ofast|funsafe-math|mdaz-ftz|use_fast_math|fmad|ftz|prec-div|prec-sqrt)\b"
+    r"\B--?(ffast-math|Ofast|funsafe-math-optimizations|mdaz-ftz|use_fast_math|"
+    r"(fmad|ftz)[= ]+true|prec-(div|sqrt)[= ]+false)(?![\w-])"
 )
 AVX2 = "-mavx2 -mfma -mf16c"
 # The files that are compiled once per instruction set, with their entry points.
@@ -107,7 +108,7 @@ def link_flags():
         if FAST.search(value):
             raise SystemExit(
                 f"{name}: expected no flags of fast arithmetic, which changes the noise, "
-                f"got {value!r}"
+                f"got {value!r}; leave them out for this build"
             )
     return os.environ.get("LDFLAGS", "").replace("$", "$$")
 

@@ -49,6 +49,9 @@ def setup_py(*arguments, **environment):
         (dict(LDFLAGS="-funsafe-math-optimizations"), "LDFLAGS: expected no flags"),
         (dict(NVCC_APPEND_FLAGS="-O3 --use_fast_math"), "NVCC_APPEND_FLAGS: expected no flags"),
         (dict(NVCC_PREPEND_FLAGS="-ccbin=g++ -fmad=true"), "NVCC_PREPEND_FLAGS: expected no flags"),
+        (dict(NVCC_APPEND_FLAGS="-Xcompiler=-O2,-ffast-math"), "leave them out for this build"),
+        (dict(NVCC_APPEND_FLAGS="--ftz true"), "got '--ftz true'"),
+        (dict(NVCC_APPEND_FLAGS="-prec-sqrt=false"), "got '-prec-sqrt=false'"),
     ],
 )
 def test_build_refuses_what_it_cannot_do(environment, expected):
@@ -67,6 +70,14 @@ def test_build_refuses_what_it_cannot_do(environment, expected):
         ),
         (
             dict(DIPKERNELS_CUDA="0", LDFLAGS="-L/home/fmad-ftz/lib -Wl,-z,now -fno-fast-math"),
+            ["CPU kernels: yes"],
+        ),
+        # what nvcc does anyway, and fewer optimizations
+        (
+            dict(
+                NVCC_PREPEND_FLAGS="-fmad=false --ftz false -prec-div=true --prec-sqrt=true",
+                NVCC_APPEND_FLAGS="--Ofast-compile=max",
+            ),
             ["CPU kernels: yes"],
         ),
         (NO_COMPILER, ["no C++ compiler", "pure Python install"]),
