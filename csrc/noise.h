@@ -7,7 +7,8 @@
 
 #include "philox.h"
 
-#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || __FINITE_MATH_ONLY__
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    __FINITE_MATH_ONLY__
 #error "fast arithmetic changes the noise: build without -ffast-math, which this compiler adds"
 #endif
 

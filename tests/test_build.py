@@ -225,7 +225,16 @@ def test_the_build_heeds_max_jobs_and_ldflags(odd_checkout, tmp_path):
     assert status != 0 and "no nowhere" in output
 
 
-@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "-ffast-math",
+        "-Ofast",
+        "-funsafe-math-optimizations",
+        "-freciprocal-math",
+        "-ffinite-math-only",
+    ],
+)
 def test_a_compiler_with_fast_arithmetic_of_its_own_compiles_no_kernel(flag):
     """As a wrapper or a vendor's compiler has."""
     for stem in module_at("setup.py").CPU_KERNELS:
