@@ -342,19 +342,22 @@ def smoke(wheel, folder, expect):
 
 
 def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_path, monkeypatch):
-    """And nvcc is found where the build finds it: in CUDA_HOME too."""
-    (tmp_path / "bin").mkdir()
-    program_at(tmp_path / "bin" / "nvcc", "echo Cuda release 13.0, V13.0.88")
+    """And nvcc is found where the build finds it: in CUDA_HOME and CUDA_PATH too."""
+    for folder, text in (("13", "echo Cuda release 13.0, V13.0.88"), ("broken", "exit 1")):
+        (tmp_path / folder / "bin").mkdir(parents=True)
+        program_at(tmp_path / folder / "bin" / "nvcc", text)
     command = [PYTHON, "tools/release/wheel.py", "--toolkit", "12.8", "--out", tmp_path]
-    monkeypatch.setenv("NVCC", "")
-    monkeypatch.setenv("PATH", "")
-    for home, said in (
-        (tmp_path, "--toolkit: expected CUDA 12.8, got nvcc 13.0"),
-        (tmp_path / "none", "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME)"),
+    for name in ("NVCC", "PATH", "CUDA_HOME"):
+        monkeypatch.setenv(name, "")
+    for variable, home, said in (
+        ("CUDA_PATH", "13", "--toolkit: expected CUDA 12.8, got nvcc 13.0"),
+        ("CUDA_HOME", "13", "--toolkit: expected CUDA 12.8, got nvcc 13.0"),
+        ("CUDA_HOME", "broken", "NVCC: expected an nvcc that says its release"),
+        ("CUDA_HOME", "none", "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME)"),
     ):
-        monkeypatch.setenv("CUDA_HOME", str(home))
+        monkeypatch.setenv(variable, str(tmp_path / home))
         done = ran(*command)
-        assert done.returncode != 0 and said in done.stderr
+        assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*.tar.gz"))
 
 

@@ -95,8 +95,14 @@ def toolkit() -> str:
             "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME); --cuda 0 builds a wheel without "
             "CUDA kernels"
         )
-    text = audit.output(nvcc, "--version")
-    release = re.search(r"release (\d+\.\d+)", text).group(1)
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    if found is None:
+        raise SystemExit(
+            f"NVCC: expected an nvcc that says its release, got {nvcc!r}; --cuda 0 builds a wheel "
+            "without CUDA kernels"
+        )
+    release = found.group(1)
     print(
         f"wheel: CUDA {release}, so the CUDA kernels need an NVIDIA driver >= "
         f"{MIN_DRIVERS.get(release.split('.')[0], '?')}"
