@@ -343,15 +343,15 @@ def smoke(wheel, folder, expect):
 
 def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_path, monkeypatch):
     """And nvcc is found where the build finds it: in CUDA_HOME and CUDA_PATH too."""
-    for folder, text in (("13", "echo Cuda release 13.0, V13.0.88"), ("broken", "exit 1")):
+    for folder, text in (("old", "echo Cuda release 11.9, V11.9.1"), ("broken", "exit 1")):
         (tmp_path / folder / "bin").mkdir(parents=True)
         program_at(tmp_path / folder / "bin" / "nvcc", text)
     command = [PYTHON, "tools/release/wheel.py", "--toolkit", "12.8", "--out", tmp_path]
     for name in ("NVCC", "PATH", "CUDA_HOME"):
         monkeypatch.setenv(name, "")
     for variable, home, said in (
-        ("CUDA_PATH", "13", "--toolkit: expected CUDA 12.8, got nvcc 13.0"),
-        ("CUDA_HOME", "13", "--toolkit: expected CUDA 12.8, got nvcc 13.0"),
+        ("CUDA_PATH", "old", "--toolkit: expected CUDA 12.8, got nvcc 11.9"),
+        ("CUDA_HOME", "old", "--toolkit: expected CUDA 12.8, got nvcc 11.9"),
         ("CUDA_HOME", "broken", "NVCC: expected an nvcc that says its release"),
         ("CUDA_HOME", "none", "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME)"),
     ):
