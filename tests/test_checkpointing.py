@@ -195,12 +195,29 @@ def test_an_adjoint_of_a_function_that_takes_a_derivative(x, by_func):
         y.sum().backward()
     with pytest.raises(RuntimeError, match="draws a seed"):
         by_adjoint(x).sum().backward()
-    if by_func:  # which a checkpoint computes again with the same seeds
-        want, got = (
-            gradients(net, x, run)
-            for run in (forces, lambda x: checkpoint(forces, x, use_reentrant=True))
-        )
-        torch.testing.assert_close(got, want)
+    want, got = (  # a checkpoint computes it again with the same seeds
+        gradients(net, x, run)
+        for run in (forces, lambda x: checkpoint(forces, x, use_reentrant=True))
+    )
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_that_other_layers_drew_under_is_not_taken_for_that_of_a_block(block, x, kind):
+    other = DIPLinear(8, 8)
+    number_layers(nn.ModuleList([block, other]))
+    with dip.fixed_noise(7):
+        y = checkpoint(block, x, **KINDS[kind])
+    with (
+        dip.fixed_noise(8),
+        pytest.raises(RuntimeError, match=r"fixed_noise\(key, row0\) = \(8, 0\)"),
+    ):
+        (other(x) + y).sum().backward()
+    with dip.noise_off():
+        y = checkpoint(block, x, **KINDS[kind])
+    said = r"fixed_noise\(key, row0\) = \(9, 0\)|add.* not found in storage"
+    with dip.fixed_noise(9), pytest.raises(RuntimeError, match=said):
+        (other(x) + y).sum().backward()
 
 
 def test_saved_seeds_need_no_rng_state(block, x):

@@ -20,6 +20,7 @@ _first_draws: OrderedDict[tuple[Any, ...], None] = OrderedDict()
 _MAX_DRAWS = 2**16
 _in_backward = torch._C._current_graph_task_id  # -1 outside a backward pass
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_forward_mode = torch._C._is_fwd_grad_enabled
 
 
 def watch_checkpoint(seed: Tensor) -> None:
@@ -27,10 +28,10 @@ def watch_checkpoint(seed: Tensor) -> None:
     first."""
     if _in_backward() == -1 and torch.is_grad_enabled():
         _note_key()
-        # No checkpointed block's first forward, or an adjoint's whose function takes a derivative,
-        # and so turns gradients on by itself: that one has a key, or is torch.func's.
-        drawn = contexts.KEY is None and not worlds.transforming()
-        if drawn and _saved_tensor_hooks(False) is None:
+        # No checkpointed block's first forward, and inside no autograd.Function's, in which a
+        # function that takes a derivative turns gradients on by itself, but forward mode is off.
+        outside = _forward_mode() and not worlds.transforming()
+        if outside and _saved_tensor_hooks(False) is None:
             return
     if _in_backward() == -1:
         if (mark := _mark_of(seed)) is not None:
