@@ -3,6 +3,7 @@ package that works."""
 
 import re
 import shutil
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -161,6 +162,23 @@ def test_the_sdist_is_the_whole_source(tmp_path):
     assert sources <= packed
     for name in packed:
         assert not (name.endswith((".so", ".o")) or ".venv" in name or "shared/" in name), name
+
+
+def test_the_sdist_of_a_source_that_cannot_be_written_to_is_made_where_one_can(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # wheel.py adds its folder
+    wheel = module_at("tools/release/wheel.py")
+    (tmp_path / "source" / "docs").mkdir(parents=True)
+    for folder in ("source/docs", "source"):
+        (tmp_path / folder).chmod(0o555)
+    monkeypatch.setattr(wheel, "ROOT", tmp_path / "source")
+    monkeypatch.setattr(wheel, "backend", lambda step, out, folder, environment: modes(folder))
+
+    def modes(folder):
+        return [path.stat().st_mode & 0o777 for path in (folder, folder / "docs")]
+
+    assert wheel.make_sdist(tmp_path) == [0o755, 0o755]
 
 
 # ---- a checkout in any folder --------------------------------------------------------------------

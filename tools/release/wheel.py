@@ -24,7 +24,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -125,7 +124,7 @@ def make_sdist(out: Path) -> Path:
             copy,
             ignore=shutil.ignore_patterns(*NOT_SOURCE),
         )
-        for path in copy.rglob("*"):  # whatever the umask of the checkout
+        for path in (copy, *copy.rglob("*")):  # whatever the modes of the checkout
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
         return backend("build_sdist", out, copy, environment)
 
@@ -135,8 +134,7 @@ def make_wheel(sdist: Path, out: Path, cpu: bool, cuda: bool, machine: str) -> P
     environment |= {"SOURCE_DATE_EPOCH": commit_time(), "_PYTHON_HOST_PLATFORM": f"linux-{machine}"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with tarfile.open(sdist) as archive:
-            archive.extractall(folder, filter="data")
+        shutil.unpack_archive(sdist, folder)
         if cpu or cuda:
             compiler = os.environ.get("CXX") or (
                 "g++" if machine == platform.machine() else COMPILERS[machine]
