@@ -172,14 +172,19 @@ class ByAdjoint(torch.autograd.Function):
         return dx, None, *rest
 
 
-@pytest.mark.parametrize("by_func", [False, True])
-def test_an_adjoint_of_a_function_that_takes_a_derivative(x, by_func):
+@pytest.mark.parametrize("way", ["autograd", "func.grad", "func.jvp", "vmap"])
+def test_an_adjoint_of_a_function_that_takes_a_derivative(x, way):
     """It turns gradients on by itself: a continuous normalising flow, a Hamiltonian network."""
     net = dip.convert(nn.Sequential(nn.Linear(x.shape[-1], 8), nn.Tanh(), nn.Linear(8, 1)))
 
     def forces(x):
-        if by_func:
-            return torch.func.grad(lambda x: net(x).square().sum())(x)
+        force = torch.func.grad(lambda x: net(x).square().sum())
+        if way == "func.grad":
+            return force(x)
+        if way == "func.jvp":
+            return torch.func.jvp(lambda x: net(x).square(), (x,), (torch.ones_like(x),))[1]
+        if way == "vmap":
+            return torch.vmap(force, randomness="different")(x)
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
             return torch.autograd.grad(net(x).square().sum(), x, create_graph=True)[0]

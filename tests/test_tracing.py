@@ -141,6 +141,10 @@ def test_make_fx_records_the_draw():
         with torch.set_grad_enabled(grad):
             graph = make_fx(layer)(x)
             assert not torch.equal(graph(x), graph(x))
+    graph = make_fx(torch.func.grad(lambda x: layer(x).square().sum()))(x)
+    assert not torch.equal(graph(x), graph(x))
+    # nor what reads the seed to recognise it
+    assert not [node for node in graph.graph.nodes if "slice" in node.name]
 
 
 def test_make_fx_records_a_mean_and_its_gradients():
