@@ -182,7 +182,7 @@ def test_an_adjoint_of_a_function_that_takes_a_derivative(x, way):
         if way == "func.grad":
             return force(x)
         if way == "func.jvp":
-            return torch.func.jvp(lambda x: net(x).square(), (x,), (torch.ones_like(x),))[1]
+            return torch.func.jvp(force, (x,), (torch.ones_like(x),))[1]
         if way == "vmap":
             return torch.vmap(force, randomness="different")(x)
         with torch.enable_grad():

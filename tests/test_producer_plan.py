@@ -978,6 +978,9 @@ def test_a_head_that_is_added_behind_a_producer_is_not_noised_twice_unsaid():
         # of a layer that was there at the first conversion is known what it reads
         dip.convert(dip.convert(net(), **at_producers([X]), exclude=["stem"]))
         dip.convert(nn.Sequential(grown().heads, nn.Linear(2, 2)))  # without the producer
+        model = grown()
+        model.trunk[1] = nn.GELU()  # nor is one left that draws
+        dip.convert(model)
     for options, said in (
         ({}, r"^convert: 1 layer\(s\) that the model got after .*: heads\.1\. One"),
         (at_producers([X]), r"do not reach 1 layer\(s\), .*: heads\.1\. "),
@@ -985,6 +988,12 @@ def test_a_head_that_is_added_behind_a_producer_is_not_noised_twice_unsaid():
         with pytest.warns(dip.DIPConversionWarning, match=said) as warned:
             dip.convert(grown(), **options)
         assert len(warned) == 1
+    model = grown()
+    model.more = nn.Linear(2, 2)
+    # excluded at first: still nobody has watched it
+    for options, said in (({"exclude": ["heads.1"]}, "more"), ({}, r"heads\.1")):
+        with pytest.warns(dip.DIPConversionWarning, match=f"of their own: {said}\\. One"):
+            dip.convert(model, **options)
     outer = nn.ModuleDict({"net": grown(), "new": nn.Linear(2, 2)})
     with pytest.warns(dip.DIPConversionWarning, match=r"of their own: net\.heads\.1\. One"):
         dip.convert(outer)

@@ -57,7 +57,6 @@ def remember(
         earlier = getattr(vars(root).get(PLAN), "moved", ())
         kept = [row for row in earlier if modules.get(row.producer) in producers]
         root.__dict__[PLAN] = dataclasses.replace(plan, moved=(*kept, *plan.moved))
-    if PLAN in vars(root):
         root.__dict__[KNOWN] = frozenset(modules)
 
 
