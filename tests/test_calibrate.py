@@ -504,7 +504,7 @@ def test_calibrate_names_a_first_layer_most_of_whose_features_are_small(
     model = convert(nn.Sequential(front, nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)))
     x = torch.randn(64, 8) * scale
     texts = warned(lambda: calibrate(model, [x], **options), "Standardise the columns")
-    assert len(texts) == named and all("that '1' reads" in text for text in texts)
+    assert len(texts) == named and all("noise of '1' vary" in text for text in texts)
 
 
 def test_summary_prints_a_table():

@@ -238,7 +238,7 @@ def measured_spreads(
     spread = spread[spread > 0]
     if (spread < SMALL * spread.square().mean().sqrt()).sum() > len(spread) / 2:
         warnings.warn(
-            f"dipkernels: most features that {shown[entrance]!r} reads vary by less than a "
+            f"dipkernels: most features under the noise of {shown[entrance]!r} vary by less than a "
             "hundredth of the root mean square over all of them, so the noise drowns them. "
             "Standardise the columns of a table, or put a BatchNorm in front of the layer",
             stacklevel=2,
