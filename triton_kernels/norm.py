@@ -328,6 +328,7 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
                 BLOCK_K=TILE_ELEMENTS,
                 CENTRED=kind == "layer",
                 **EXACT,
+                **ALL_REGISTERS,
             )
         _norm_bwd_kernel[(col_blocks, programs)](
             *(partial, flat_dx, flat_du, rows, stats, means, weight, seed),
