@@ -94,19 +94,19 @@ studies: setup $(VENV)/.studies
 
 # The wheel of this machine with CPU and CUDA kernels: needs nvcc, no GPU. TOOLKIT=12.8 refuses another nvcc than that.
 wheel: | $(VENV)/.deps
-	$(PY) tools/release/wheel.py $(if $(TOOLKIT),--toolkit $(TOOLKIT))
+	$(PY) tools/release/build_wheel.py $(if $(TOOLKIT),--toolkit $(TOOLKIT))
 
 wheel-cpu: | $(VENV)/.deps
-	$(PY) tools/release/wheel.py --cuda 0
+	$(PY) tools/release/build_wheel.py --cuda 0
 
 wheel-pure: | $(VENV)/.deps
-	$(PY) tools/release/wheel.py --cpu 0 --cuda 0
+	$(PY) tools/release/build_wheel.py --cpu 0 --cuda 0
 
 wheel-aarch64: | $(VENV)/.deps
-	$(PY) tools/release/wheel.py --cuda 0 --machine aarch64
+	$(PY) tools/release/build_wheel.py --cuda 0 --machine aarch64
 
 sdist: | $(VENV)/.deps
-	$(PY) tools/release/wheel.py --sdist-only
+	$(PY) tools/release/build_wheel.py --sdist-only
 
 # The wheel alone, without dependencies, in an environment that has torch only, run outside the source tree.
 # EXPECT=cpu after wheel-cpu; EXPECT=none WHEEL=... after wheel-pure.

@@ -4,7 +4,7 @@ and nvcc under ninja.
 torch's own CUDAExtension refuses to compile CUDA sources under a CPU-only torch; this does not, and
 the result has no Python symbols, so that one wheel serves every Python and every torch >= 2.10.
 Variables (docs/environment.md): DIPKERNELS_CPU, DIPKERNELS_CUDA, DIPKERNELS_CUDA_ARCHS, MAX_JOBS,
-CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (tools/release/wheel.py).
+CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (tools/release/build_wheel.py).
 """
 
 import contextlib
@@ -67,7 +67,8 @@ def toolkit(nvcc):
     if found is None:
         raise SystemExit(
             f"NVCC: expected an nvcc that says its release, got {nvcc!r}, which says "
-            f"{(done.stdout + done.stderr).strip()!r}; DIPKERNELS_CUDA=0 builds without it"
+            f"{(done.stdout + done.stderr).strip()!r}; DIPKERNELS_CUDA=0 builds without it, and "
+            "build_wheel.py by --cuda 0"
         )
     return found.group(1)
 
@@ -149,6 +150,15 @@ def command(name, default, places=None):
     return found and os.path.abspath(found)  # ninja runs it in another folder
 
 
+def find_nvcc():
+    """The path of nvcc, or None."""
+    # as torch does: asked for, CUDA_HOME goes before the PATH
+    path = os.environ.get("PATH", os.defpath)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")
+    return command("NVCC", "nvcc", os.pathsep.join(places))
+
+
 def find_torch():
     """torch, whose headers the build reads, or what to do where there is none."""
     steps = "pip install 'torch>=2.10' 'setuptools>=77' ninja && pip install --no-build-isolation ."
@@ -168,12 +178,7 @@ def find_torch():
 
 def plan():
     """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
-    compiler = command("CXX", "g++")
-    # as torch does: asked for, CUDA_HOME goes before the PATH
-    path = os.environ.get("PATH", os.defpath)
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")
-    nvcc = command("NVCC", "nvcc", os.pathsep.join(places))
+    compiler, nvcc = command("CXX", "g++"), find_nvcc()
     cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")
     if compiler is None or "linux" not in target(compiler):
         if cpu or cuda:
@@ -189,7 +194,8 @@ def plan():
     cuda_archs(), jobs(), link_flags()  # what is wrong in them is said before anything is compiled
     if cuda and nvcc is None:
         raise SystemExit(
-            "DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH, CUDA_HOME)"
+            "DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, CUDA_HOME, CUDA_PATH, "
+            "PATH)"
         )
     cpu = cpu is not False
     if cuda is None:
@@ -351,7 +357,7 @@ class PlatformWheel(bdist_wheel):
         return ("py3", "none", tag) if self.distribution.ext_modules else (python, abi, tag)
 
 
-if __name__ == "__main__":  # tools/verify/sanitize.py and tests read it too
+if __name__ == "__main__":  # tools/release/build_wheel.py and tests read it too
     PLAN = plan()
     setup(
         ext_modules=[Extension("dipkernels._C", [])] if any(PLAN[:2]) else [],

@@ -155,7 +155,7 @@ def test_the_sdist_is_the_whole_source(tmp_path):
     listed = ran("git", "ls-files")
     if listed.returncode:
         pytest.skip("no git checkout here to compare with")
-    printed(PYTHON, "tools/release/wheel.py", "--sdist-only", "--out", tmp_path)
+    printed(PYTHON, "tools/release/build_wheel.py", "--sdist-only", "--out", tmp_path)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
@@ -167,8 +167,8 @@ def test_the_sdist_is_the_whole_source(tmp_path):
 def test_the_sdist_of_a_source_that_cannot_be_written_to_is_made_where_one_can(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sys, "path", list(sys.path))  # wheel.py adds its folder
-    wheel = module_at("tools/release/wheel.py")
+    monkeypatch.setattr(sys, "path", list(sys.path))  # build_wheel.py adds its folder
+    wheel = module_at("tools/release/build_wheel.py")
     (tmp_path / "source" / "docs").mkdir(parents=True)
     for folder in ("source/docs", "source"):
         (tmp_path / folder).chmod(0o555)

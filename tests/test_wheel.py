@@ -174,10 +174,9 @@ def test_nothing_is_unpickled_fetched_or_run_from_text():
 
 def test_building_downloads_nothing():
     """setup.py and what makes a wheel start compilers and git, and neither fetch nor install."""
-    for path in [
-        ROOT / "setup.py",
-        *(ROOT / "tools" / "release" / f"{name}.py" for name in ("wheel", "audit", "older_glibc")),
-    ]:
+    release = ROOT / "tools" / "release"
+    tools = [release / f"{name}.py" for name in ("build_wheel", "audit", "older_glibc")]
+    for path in [ROOT / "setup.py", *tools]:
         imports = {what for kind, what in calls_and_imports(path) if kind == "import"}
         assert imports & (FETCH_OR_RUN - {"subprocess"}) == set(), path
         assert not re.search(
@@ -326,7 +325,7 @@ def test_a_torch_that_cannot_say_is_left_alone(old_gpu):
 
 
 def build(out, *arguments):
-    command = [PYTHON, ROOT / "tools" / "release" / "wheel.py", "--out", out, *arguments]
+    command = [PYTHON, ROOT / "tools" / "release" / "build_wheel.py", "--out", out, *arguments]
     printed(*command, cwd=out, umask=0o077)
     return next(out.glob("*.whl"))
 
@@ -346,14 +345,15 @@ def test_a_wheel_is_made_by_the_toolkit_that_was_asked_for_or_not_at_all(tmp_pat
     for folder, text in (("old", "echo Cuda release 11.9, V11.9.1"), ("broken", "exit 1")):
         (tmp_path / folder / "bin").mkdir(parents=True)
         program_at(tmp_path / folder / "bin" / "nvcc", text)
-    command = [PYTHON, "tools/release/wheel.py", "--toolkit", "12.8", "--out", tmp_path]
+    command = [PYTHON, "tools/release/build_wheel.py", "--toolkit", "12.8", "--out", tmp_path]
     for name in ("NVCC", "PATH", "CUDA_HOME"):
         monkeypatch.setenv(name, "")
     for variable, home, said in (
         ("CUDA_PATH", "old", "--toolkit: expected CUDA 12.8, got nvcc 11.9"),
         ("CUDA_HOME", "old", "--toolkit: expected CUDA 12.8, got nvcc 11.9"),
         ("CUDA_HOME", "broken", "NVCC: expected an nvcc that says its release"),
-        ("CUDA_HOME", "none", "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME)"),
+        ("CUDA_HOME", "none", "--cuda 1: there is no nvcc (NVCC, CUDA_HOME, CUDA_PATH, PATH)"),
+        ("NVCC", "none", "NVCC: expected one command, without arguments, that is there"),
     ):
         monkeypatch.setenv(variable, str(tmp_path / home))
         done = ran(*command)

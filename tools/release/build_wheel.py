@@ -1,11 +1,11 @@
 """Builds the sdist, and from it the wheel: one for every Python 3.10+ and every torch >= 2.10 of a
 platform.
 
-    python tools/release/wheel.py  CPU and CUDA kernels: needs nvcc, no GPU
-    python tools/release/wheel.py --cuda 0  CPU kernels alone
-    python tools/release/wheel.py --cpu 0 --cuda 0
+    python tools/release/build_wheel.py  CPU and CUDA kernels: needs nvcc, no GPU
+    python tools/release/build_wheel.py --cuda 0  CPU kernels alone
+    python tools/release/build_wheel.py --cpu 0 --cuda 0
         # pure Python: the Triton and the reference kernels
-    python tools/release/wheel.py --machine aarch64 --cuda 0
+    python tools/release/build_wheel.py --machine aarch64 --cuda 0
         # cross-compiled by aarch64-linux-gnu-g++
 
 Needs torch >= 2.10 (its headers; a CPU build does), setuptools, wheel, ninja and g++. Nothing is
@@ -30,8 +30,11 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import audit
 import older_glibc
+
+import setup as build
 
 ROOT = Path(__file__).parents[2]
 NOT_SOURCE = (
@@ -84,24 +87,14 @@ def glibc() -> tuple[int, ...]:
 
 
 def toolkit() -> str:
-    """The release of nvcc, such as 12.8, and what it means to the user."""
-    path = os.environ.get("PATH", os.defpath)
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")  # as setup.py's
-    nvcc = shutil.which(os.environ.get("NVCC") or "nvcc", path=os.pathsep.join(places))
+    """The release of the nvcc that setup.py finds, such as 12.8, and what it means to the user."""
+    nvcc = build.find_nvcc()
     if nvcc is None:
         raise SystemExit(
-            "--cuda 1: there is no nvcc (NVCC, PATH, CUDA_HOME); --cuda 0 builds a wheel without "
-            "CUDA kernels"
+            "--cuda 1: there is no nvcc (NVCC, CUDA_HOME, CUDA_PATH, PATH); --cuda 0 builds a "
+            "wheel without CUDA kernels"
         )
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+\.\d+)", text)
-    if found is None:
-        raise SystemExit(
-            f"NVCC: expected an nvcc that says its release, got {nvcc!r}; --cuda 0 builds a wheel "
-            "without CUDA kernels"
-        )
-    release = found.group(1)
+    release: str = build.toolkit(nvcc)
     print(
         f"wheel: CUDA {release}, so the CUDA kernels need an NVIDIA driver >= "
         f"{MIN_DRIVERS.get(release.split('.')[0], '?')}"
