@@ -38,23 +38,34 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _cpu_name() -> str:
-    """The processor's name, with the family and model that tell its generation: a virtual machine
-    often names none."""
+def _processor() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    first = {
+        return {}
+    return {
         key.strip(): value.strip()
         for key, _, value in (line.partition(":") for line in reversed(lines))
     }
-    if "model name" not in first:
+
+
+def _cpu_name(processor: dict[str, str]) -> str:
+    """The processor's name, with the family and model that tell its generation: a virtual machine
+    often names none."""
+    if "model name" not in processor:
         return platform.processor() or platform.machine()
     return (
-        f"{first['model name']} (family {first.get('cpu family', '?')}, model "
-        f"{first.get('model', '?')})"
+        f"{processor['model name']} (family {processor.get('cpu family', '?')}, model "
+        f"{processor.get('model', '?')})"
     )
+
+
+def _instruction_set(processor: dict[str, str]) -> str:
+    """The best that torch's kernels use, or AMX where the processor multiplies bfloat16 by it."""
+    if "amx_tile" in processor.get("flags", "").split():
+        return "AMX"
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _version(package: str) -> str | None:
@@ -66,18 +77,18 @@ def _version(package: str) -> str | None:
 
 def describe(device: torch.device | str) -> dict:
     """Everything that a stored row carries about where it comes from."""
-    device = torch.device(device)
+    device, processor = torch.device(device), _processor()
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": device.type,
-        "cpu": _cpu_name(),
+        "cpu": _cpu_name(processor),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # over the minute before: others' work as well
         "load_average": round(os.getloadavg()[0], 2),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": _instruction_set(processor),
         "backend": backends.choose("perturb", device.type).backend,
         "python": platform.python_version(),
         "torch": torch.__version__,

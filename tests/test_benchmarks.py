@@ -315,10 +315,12 @@ def test_documents_are_filled_between_their_marks(tmp_path):
     marks = "overhead-cpu small-layer averaging models-amd-avx512 models-amd-avx2 producers"
     for mark in [*marks.split(), "profile-model", "models-compiled-amd-avx512"]:
         assert report.has_place(report.page_of({"cpu": "AMD EPYC"}), mark)
-    marks = marks.replace("models-amd-avx512 models-amd-avx2", "models-intel-avx512")
+    marks = marks.replace(
+        "models-amd-avx512 models-amd-avx2", "models-intel-amx models-intel-avx512"
+    )
     for mark in [*marks.split(), "profile-model"]:
         assert report.has_place(report.page_of({"cpu": "Intel(R) Xeon(R)"}), mark)
-    assert report.has_place(ROOT / "README.md", "models-intel-avx512")
+    assert report.has_place(ROOT / "README.md", "models-intel-amx")
     assert report.has_place(ROOT / "docs" / "cost.md", "cost")
 
 
