@@ -87,25 +87,9 @@ def test_faults_are_planted_in_every_compiled_kernel_of_today():
 
 
 def test_readme_figures_are_those_of_the_record():
+    """Of the tables between marks tests/test_benchmarks.py says so."""
     record = json.loads((ROOT / "benchmarks" / "results" / "amd-0.1.0.json").read_text())
-    text = (ROOT / "README.md").read_text().partition("| measured on")[2].partition("\n\n")[0]
-
-    def layer(dtype, shape, what):
-        for row in record["overhead"]["rows"]:
-            wanted = {
-                "section": "linear",
-                "dtype": dtype,
-                "shape": shape,
-                "what": what,
-                "variant": "dip",
-            }
-            if wanted.items() <= row.items():
-                return f"{row['ratio']:.2f}"
-        raise KeyError(shape)
-
-    for shape in (("float32", "4096x1024x1024"), ("bfloat16", "65536x64x64")):
-        forward, both = (layer(*shape, what) for what in ("forward", "forward + backward"))
-        assert f"{forward} times forward, {both} with backward" in text, shape
+    text = (ROOT / "README.md").read_text()
     for study in record["cost"]["studies"]:
         one, four = (f"{study['training'][f'm = {m}']['ratio']:.2f}" for m in (1, 4))
         assert re.search(rf"{one} times (the plain step )?with m = 1; {four} with m = 4", text), (
