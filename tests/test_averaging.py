@@ -279,6 +279,8 @@ def test_mean_takes_the_memory_of_one_sample():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_of_a_wide_layer_peaks_little_above_one_draw(dtype):
+    """But for what oneDNN takes for a block's product: float32 copies, where the processor has no
+    instruction for bfloat16."""
     *leaves, dy = inputs(4096, 128, 1024, dtype)
     leaves = [t.requires_grad_() for t in leaves]
     one, mean = (
@@ -288,7 +290,10 @@ def test_mean_of_a_wide_layer_peaks_little_above_one_draw(dtype):
             lambda: layer(*leaves, activation="gelu", estimator="mean", num_samples=8),
         )
     )
-    assert mean <= 1.15 * one
+    x, weight, bias, *_ = (t.detach() for t in leaves)
+    block = timing.peak_bytes(lambda: F.linear(x[:1024], weight, bias), torch.device("cpu"))
+    copies = block - dy[:1024].nbytes
+    assert mean <= 1.15 * one + copies
 
 
 # ---- "analytic" ----------------------------------------------------------------------------------
