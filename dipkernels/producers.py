@@ -53,13 +53,13 @@ def norm(
         seed: int64 [2] = (key, stream), on x's device.
         kind: "layer", or "rms": no mean is subtracted.
         eps: >= 0, added to the variance, as the plain module does.
-        offset: added to the weight; 1.0 for Gemma's.
-        row0: first row of the draw, as in `functional.noise`; rows are the other dimensions of x,
+        offset: Added to the weight; 1.0 for Gemma's.
+        row0: First row of the draw, as in `functional.noise`; rows are the other dimensions of x,
             in order.
-        col0: its first column.
-        sample: its sample.
-        log_variance: whether sigma holds ln(sigma^2).
-        dtype: the type of u; by default autocast's if that is on, otherwise x's.
+        col0: Its first column.
+        sample: Its sample.
+        log_variance: Whether sigma holds ln(sigma^2).
+        dtype: The type of u; by default autocast's if that is on, otherwise x's.
 
     Returns:
         u, of x's shape. Computed in float32 (float64 for float64 x), statistics too, and rounded
@@ -101,12 +101,12 @@ def activate(
     """u = act(x) + sigma * z.
 
     Args:
-        x: any shape; K = x.shape[dim].
+        x: Any shape; K = x.shape[dim].
         sigma: [K], as in `norm`.
         seed: int64 [2] = (key, stream), on x's device.
-        kind: an activation, as in `functional.dip_linear`.
-        dim: the feature dimension.
-        row0, col0, sample, log_variance, dtype: as in `norm`.
+        kind: An activation, as in `functional.dip_linear`.
+        dim: The feature dimension.
+        row0, col0, sample, log_variance, dtype: As in `norm`.
 
     Returns:
         u, of x's shape, and of its strides if x is dense.
@@ -144,9 +144,9 @@ def gate(
     """u = act(a) * b + sigma * z: SwiGLU with "silu", GEGLU with "gelu" or "gelu_tanh".
 
     Args:
-        a: any shape; K = a.shape[dim].
-        b: of a's shape and dtype; with a the two halves of one tensor, or tensors of their own.
-        sigma, seed, kind, dim, row0, col0, sample, log_variance, dtype: as in `activate`.
+        a: Any shape; K = a.shape[dim].
+        b: Of a's shape and dtype; with a the two halves of one tensor, or tensors of their own.
+        sigma, seed, kind, dim, row0, col0, sample, log_variance, dtype: As in `activate`.
 
     Returns:
         u, of a's shape.

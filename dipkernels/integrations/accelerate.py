@@ -34,9 +34,9 @@ def step_noise(
         batch_size: Number of examples in a batch of one process. Give the same number for the last
             batch, which may be smaller.
         micro: The number of the micro-batch in the step, under gradient accumulation.
-        batch: The micro-batch itself. Give it where the examples of some are longer than those of
-            others, or a layer reads them elsewhere than in its leading dimension: so none have
-            noise in common.
+        batch: The micro-batch itself. Give it if some micro-batches have longer examples than
+            others, or a layer reads examples elsewhere than in its leading dimension. Then no two
+            share noise.
 
     Returns:
         A context. If the config has key=None, it does nothing.

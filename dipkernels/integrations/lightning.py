@@ -71,10 +71,10 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         calibration_batches: How many of them, >= 1.
 
     Raises:
-        ValueError: Where it cannot do what the config says, when training starts: lambda_s > 0 and
-            k > 0 (the loss and `predict_step` are the module's), manual optimisation, a
-            `training_step` of dataloader_iter, FSDP and DeepSpeed strategies, a plain module under
-            one that spawns or forks, an optimiser that lacks the variances or decays them.
+        ValueError: When training starts, for what a callback cannot do: lambda_s > 0 and k > 0
+            (the loss and `predict_step` are the module's), manual optimisation, a `training_step`
+            of dataloader_iter, FSDP and DeepSpeed strategies, a plain module under a strategy
+            that spawns or forks, an optimiser that lacks the variances or decays them.
     """
 
     def __init__(

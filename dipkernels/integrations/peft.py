@@ -41,10 +41,9 @@ def keep_variances(model: nn.Module) -> nn.Module:
     `dip.load` call this.
 
     Afterwards `save_pretrained` writes dip_config.json and dip.safetensors beside each adapter,
-    `load_adapter` reads them, `set_adapter` changes the variances too, an adapter that is added
-    starts with those of the moment, and `merge_and_unload` and `unload` give a model whose layers
-    have the noise that the adapters around them had. The model's class becomes a subclass of the
-    same name.
+    `load_adapter` reads them, and `set_adapter` changes the variances too. A new adapter starts
+    with the current variances. `merge_and_unload` and `unload` give a model whose layers have the
+    noise of their adapters. The model's class becomes a subclass of the same name.
 
     Args:
         model: A PeftModel that `dip.apply` or `dip.load` has converted.

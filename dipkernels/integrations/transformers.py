@@ -610,8 +610,8 @@ class DIPCallback(transformers.TrainerCallback):
         batches: As `dip.apply`'s. Neither is needed for a model that `dip.apply` has converted.
 
     Raises:
-        ValueError: The config or the trainer asks for what it cannot do: raised when it is made, or
-            when the trainer is.
+        ValueError: The config or the trainer asks for what a callback cannot do. Raised when the
+            callback is made, or the trainer.
     """
 
     def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:

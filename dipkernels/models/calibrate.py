@@ -124,11 +124,11 @@ def calibrate(
     starts below the prior's, unless a ratio or a start is given (docs/guides/variance.md).
 
     Args:
-        model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
+        model: A model with DIP layers. It is run in eval mode without noise; each module's mode is
             restored afterwards. A BatchNorm that has seen no batch yet takes each batch's own
             statistics, as in training (so it needs two examples in a batch); its running ones stay
             as they are. Power iterations of `torch.nn.utils.spectral_norm` are undone at the end.
-        batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
+        batches: One batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input. A list or tuple by itself is taken for several batches: put it
             inside a list, `[(x, y)]`.

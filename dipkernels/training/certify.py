@@ -21,11 +21,17 @@ ABSTAIN = -1
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """For each example the smoothed classifier's class, or -1 where it abstains, and its radius in
-    L2."""
+    """For each example the smoothed classifier's class and its radius in L2.
 
-    classes: Tensor  # [B] int64
-    radius: Tensor  # [B] float64, 0 where it abstains
+    Attributes:
+        classes: [B], int64; -1 where it abstains.
+        radius: [B], float64; 0 where it abstains.
+        sigma: The noise's standard deviation.
+        confidence: The probability that an example's radius holds.
+    """
+
+    classes: Tensor
+    radius: Tensor
     sigma: float
     confidence: float
 
@@ -63,13 +69,13 @@ def certify(
     `predict`: under fixed_noise they repeat.
 
     Args:
-        model: a classifier of two classes or more, with logits [B, C] as its output or as the
+        model: A classifier of two classes or more, with logits [B, C] as its output or as the
             `logits` of it, and one DIP layer, which reads x.
         x: [B, ...], the only input.
-        k: number of passes, >= 1, that bound the probability of the class.
-        k0: number of other passes, >= 1, that choose the class.
-        confidence: in (0, 1): the probability that an example's radius holds.
-        chunk: how many passes run at a time, folded into the batch; 1 for a model that draws once
+        k: Number of passes, >= 1, that bound the probability of the class.
+        k0: Number of other passes, >= 1, that choose the class.
+        confidence: In (0, 1): the probability that an example's radius holds.
+        chunk: How many passes run at a time, folded into the batch; 1 for a model that draws once
             for a whole batch in eval mode. Dropout that stays on draws for each example.
 
     Returns:

@@ -69,9 +69,9 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     loss: `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
-        model: a model with DIP layers. A variance that layers share counts once. One that
+        model: A model with DIP layers. A variance that layers share counts once. One that
             accelerate has offloaded does not learn, and does not count.
-        kl: the weight, >= 0.
+        kl: The weight, >= 0.
 
     Returns:
         A scalar, float32, differentiable. Of sharded parameters (FSDP2, DTensor) each rank gets the
@@ -153,9 +153,9 @@ def objective(
     Args:
         out: [m, B, ...], from `trajectories`. For a model with several outputs add your own loss
             and `kl_penalty`; or call this for each output, and give the model in one call only.
-        target: the second argument of loss_fn.
-        loss_fn: returns a scalar, such as F.cross_entropy.
-        model: the model, whose variances the KL term pulls to their prior. Without it there is no
+        target: The second argument of loss_fn.
+        loss_fn: Returns a scalar, such as F.cross_entropy.
+        model: The model, whose variances the KL term pulls to their prior. Without it there is no
             such term, and the noise fades.
         kl: >= 0. By default 0.4 with a model, 0 without one or beside alpha; 0 lets the loss alone
             move the variances. 0.4 is for a loss of about 1 where nothing is learned, such as a

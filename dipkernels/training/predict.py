@@ -85,6 +85,11 @@ def predict(
         model's output must be a tensor [B, ...], or have one as `logits`. With average=None it may
         be any pytree; leaves that are not tensors are those of the first pass.
 
+    Raises:
+        TypeError: An output without a floating tensor to average.
+        ValueError: A bad argument, a model without DIP layers although k > 0, or an output whose
+            shape does not fit `average` and `dim`. The message names it.
+
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 3)))
         >>> probabilities = dip.predict(model, torch.randn(8, 4), k=16)

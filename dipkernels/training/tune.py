@@ -33,7 +33,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `tune` found: the settings to use and every trial; prints as a table."""
+    """What `tune` found: the settings to use and every trial; prints as a table.
+
+    Attributes:
+        ratio: For `calibrate`.
+        kl: For `objective`.
+        trials: Every run: its ratio, kl, budget, clean and robust score.
+        tolerance: What `tune` was given.
+    """
 
     ratio: float
     kl: float
@@ -97,12 +104,12 @@ def tune(
             higher is better (accuracy as it is, and under an attack or noise). The same seed for
             all pairs compares them best. An error in it ends `tune`, and the trials before are
             lost. If they take hours, let it write each result to a file, and look there first.
-        budget: units in all, at least one for each pair and round.
-        ratios: values for `calibrate`, > 0, or one.
-        kls: values for `objective`, >= 0, or one.
+        budget: Units in all, at least one for each pair and round.
+        ratios: Values for `calibrate`, > 0, or one.
+        kls: Values for `objective`, >= 0, or one.
         tolerance: >= 0, clean score that may be given up, in run's units (0.01 is a point of
             accuracies in 0 .. 1).
-        progress: whether to show a progress bar, if tqdm is installed.
+        progress: Whether to show a progress bar, if tqdm is installed.
 
     Returns:
         A Tuned: `.ratio`, `.kl`, `.trials`; it prints as a table, and `.plot(path)` draws the
