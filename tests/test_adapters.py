@@ -19,6 +19,7 @@ from dipkernels.nn.numbering import dip_layers
 
 peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -187,6 +188,18 @@ def test_peft_over_a_converted_model_is_mended_by_converting_again(kind):
     layer = the_adapter(model)
     assert layer.variance is variance and variance.log_variance.requires_grad
     assert is_whole(layer.eval(), torch.randn(8, 32))
+
+
+@pytest.mark.parametrize("kind", ["LORA", "IA3"])
+def test_peft_over_a_converted_conv1d_is_mended_by_converting_again(kind):
+    net = Net()
+    net.q = Conv1D(8, 32)
+    variance = dip.convert(net, 0.25).q.variance
+    model = adapted(kind, {**OPTIONS.get(kind, {}), "fan_in_fan_out": True}, net)
+    layer = the_adapter(converted(model))
+    assert layer.variance is variance and variance.log_variance.requires_grad
+    assert is_whole(layer.eval(), torch.randn(8, 32))
+    assert list(dip_layers(model).values()) == [layer, net.head]
 
 
 def test_adapters_over_norms_and_embeddings_are_left_alone():

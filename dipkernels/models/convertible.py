@@ -106,11 +106,17 @@ def base_layer(module: Any) -> Any:
 def _stands_for(base: nn.Module) -> type[nn.Module] | None:
     """What an adapter around this layer is converted as: its input has the features of the
     base's."""
-    if isinstance(base, nn.Linear) or is_conv1d_type(type(base)):
+    kind = _plain_type(base)
+    if isinstance(base, nn.Linear) or is_conv1d_type(kind):
         return nn.Linear
-    if _is_quantised(type(base)) and isinstance(getattr(base, "in_features", None), int):
+    if _is_quantised(kind) and isinstance(getattr(base, "in_features", None), int):
         return nn.Linear
     return next((c for c in _CONVOLUTIONS if isinstance(base, c)), None)
+
+
+def _plain_type(layer: Any) -> Any:
+    """Its class, of a DIP layer (that an adapter was put around) the one it was converted from."""
+    return layer.plain_type if isinstance(layer, DIPLayer) else type(layer)
 
 
 def _is_quantised(kind: type) -> bool:
@@ -140,7 +146,8 @@ def twin_before(kind: type[nn.Module], dim: int) -> type[Any]:
 def features_of(module: Any) -> int:
     """The number of input features, or channels, of a module of one of `types`."""
     layer = base_layer(module)
-    names = ("nx",) if is_conv1d_type(type(layer)) else ("in_channels", "in_features", "embed_dim")
+    own = ("nx",) if is_conv1d_type(_plain_type(layer)) else ()
+    names = (*own, "in_channels", "in_features", "embed_dim")
     return int(next(getattr(layer, name) for name in names if hasattr(layer, name)))
 
 
