@@ -277,6 +277,19 @@ class Kernel(nn.Module):
         return F.conv1d(x, self.weight)
 
 
+class Modulated(nn.Module):
+    """StyleGAN2's: one weight for the whole batch, which each example's style scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 8, 8, 3, 3))
+
+    def forward(self, x, style):
+        weights = (self.weight * style[:, None, :, None, None]).flatten(0, 1)
+        y = F.conv2d(x.flatten(0, 1)[None], weights, padding=1, groups=len(x))
+        return y.view_as(x)
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -309,6 +322,7 @@ def beside_a_head(module, features=8):
             r".*blocks\.\*\.experts \(Experts, 2 of them\): 9\d\.\d%",
         ),
         (lambda: beside_a_head(PygLinear(8, 4), 4), r"odd \(PygLinear\): 66\.7%.*\(weight\)"),
+        (lambda: beside_a_head(Modulated()), r"odd \(Modulated\): 90\.0%.*\(weight\)"),
         (lambda: beside_a_head(Listed()), r"odd \(Listed\): 66\.7%.*experts\.0, experts\.1"),
         (lambda: beside_a_head(InEightBits()), r"odd \(InEightBits\): 50\.0%.*\(w8\)"),
         (lambda: beside_a_head(nn.GRU(8, 8)), r"odd \(GRU\)"),

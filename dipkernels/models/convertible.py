@@ -447,7 +447,7 @@ def own_matrices(module: nn.Module) -> dict[str, Tensor]:
     for name, each in module.named_children():
         if isinstance(each, (nn.ParameterList, nn.ParameterDict)):
             parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
-    return {name: p for name, p in parameters.items() if _is_matrix(p)}
+    return {name: p for name, p in parameters.items() if _is_matrix(name, p)}
 
 
 def has_lazy_weights(module: nn.Module) -> bool:
@@ -459,12 +459,13 @@ def _in_eight_bits(p: Tensor) -> bool:
     return p.dtype.itemsize == 1 and p.dtype is not torch.bool
 
 
-def _is_matrix(p: Tensor) -> bool:
+def _is_matrix(name: str, p: Tensor) -> bool:
     if nn.parameter.is_lazy(p):
         return False
     if not (p.is_floating_point() or p.is_complex() or _in_eight_bits(p)):
         return False
-    embedded = p.ndim > 2 and p.shape[0] == 1  # a class token or positions, [1, N, D]
+    # a class token or positions, [1, N, D]; not StyleGAN2's modulated weight, [1, N, C, H, W]
+    embedded = p.ndim > 2 and p.shape[0] == 1 and not name.startswith("weight")
     return sum(size != 1 for size in p.shape) >= 2 and not embedded and not _is_mask(p)
 
 
