@@ -125,6 +125,9 @@ def test_a_copy_that_the_model_makes_of_itself_computes_with_its_own_weights(pla
         for p in model.student.parameters():
             p.zero_()
     assert torch.equal(model.teacher(x), want)
+    assert not any("forward" in vars(m) for m in model.modules())
+    dip.to_plain(model)
+    assert torch.equal(model.teacher(x), want)
 
 
 def test_layers_in_eval_mode_and_under_noise_off_are_named():

@@ -176,7 +176,9 @@ def around(
     @functools.wraps(of_class)
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is not module:  # a copy that the model has made of it inside, as a teacher
-            return of_class(self, *args, **kwargs)
+            if own is None:
+                vars(self).pop(name, None)
+            return getattr(type(self), name)(self, *args, **kwargs)
         if before is not None:
             before(module, args, kwargs)
         out = changed = None
