@@ -485,6 +485,41 @@ def test_a_layer_that_its_parent_only_reads_is_named_and_left_alone(kind):
     assert dip.check(model, X)
 
 
+class Tied(nn.Module):
+    """The decoder of an encoder's layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return F.linear(x, self.layer.weight.t())
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.decoder = nn.Sequential(Tied(self.encoder[2]), nn.Tanh(), Tied(self.encoder[0]))
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+def test_a_layer_that_one_module_calls_and_another_reads_is_noised_where_it_is_called():
+    said = r"2 module\(s\).*\n.*decoder\.2, decoder\.0 \(Tied, 2 of them\): it reads the weight"
+    with pytest.warns(dip.DIPConversionWarning, match=said):
+        model = dip.convert(Autoencoder())
+    assert list(dip_layers(model)) == ["encoder.0", "encoder.2"]
+    assert dip.check(model, X)
+    with no_warning(dip.DIPConversionWarning):
+        model = dip.convert(Autoencoder(), **at("decoder.0", "decoder.2"))
+    assert list(dip_layers(model)) == ["encoder.0", "encoder.2", "decoder.0", "decoder.2"]
+    assert dip.check(model, X)
+    with pytest.warns(dip.DIPConversionWarning, match=r"layer \(Linear\): Tied reads its weight"):
+        dip.convert(nn.ModuleList([Tied(nn.Linear(8, 8)), nn.Linear(8, 8)]))
+
+
 class NormLinear(nn.Sequential):
     """timm's: nn.Sequential calls the layer, and what fuses the two for export reads its weight."""
 

@@ -179,11 +179,17 @@ def cannot(names: Names, types: Types, blocks: set[str]) -> dict[nn.Module, str]
     for module, every_name in names.items():
         if module in reasons or type(module) is OUT_PROJECTION or not is_candidate(module, types):
             continue
+        read_by: list[nn.Module] = []
         for name in every_name:
             parent, _, own = name.rpartition(".")
             kind: Any = type(by_name[parent])
             if name and own in read_past(kind):
-                readers.setdefault(kind, {})[module] = by_name[parent]
+                read_by.append(by_name[parent])
+        if len(read_by) < len(every_name):  # a decoder that is tied to its encoder's layer
+            reasons |= {m: _READS_ANOTHERS for m in read_by if m not in reasons}
+            continue
+        for reader in read_by:
+            readers.setdefault(type(reader), {})[module] = reader
     for kind, read in readers.items():
         way_out = f"before={_patterns(list(dict.fromkeys(read.values())), names)}"
         reasons |= dict.fromkeys(
@@ -292,6 +298,10 @@ def _reason(module: nn.Module, types: Types) -> str | None:
     return None
 
 
+_READS_ANOTHERS = (
+    "it reads the weight of a layer that others call: give its name in before=[...] to noise its "
+    "input; in exclude=[...] it would leave that layer plain too"
+)
 # why the forward of the class would not run, by who set another
 _REPLACED = {
     "accelerate": "accelerate dispatched it, and its hook calls the plain forward: convert before "
