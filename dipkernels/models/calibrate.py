@@ -134,12 +134,11 @@ def calibrate(
             inside a list, `[(x, y)]`.
         ratio: > 0, sigma over spread, of the prior and at the start; or {pattern: ratio}, where the
             first pattern that matches a layer's name counts. None: 1, and 0.1 where a batch holds
-            tokens: int32 or int64 where the model gets one tensor, a mapping's "input_ids" or
-            "inputs_embeds", or any [B, T] of a batch that an nn.Embedding reads, unless its rows
-            only rise, as time steps do. So too if the embedding reads them one place later: Whisper
-            gets 0.1 from its labels, which its decoder reads as it reads decoder_input_ids. A
-            table's categories in one embedding look like tokens, unless the ids of each column
-            start behind those of the column before: give the ratio.
+            tokens. These are: int32 or int64 where the model gets one tensor; a mapping's
+            "input_ids" or "inputs_embeds"; any [B, T] of a batch that an nn.Embedding reads, unless
+            its rows only rise, as time steps do. It may read them one place later, as Whisper's
+            decoder reads its labels. A table's categories in one embedding look like tokens, unless
+            the ids of each column start behind those of the column before: give the ratio.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
             values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.
