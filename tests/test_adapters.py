@@ -202,6 +202,24 @@ def test_peft_over_a_converted_conv1d_is_mended_by_converting_again(kind):
     assert list(dip_layers(model).values()) == [layer, net.head]
 
 
+def test_what_peft_keeps_whole_of_a_converted_model_is_noised_once_by_converting_again():
+    net = Net()
+    net.forward = lambda x: net.head(net.q(x))
+    dip.convert(net, 0.25)
+    model = adapted("LORA", {"modules_to_save": ["head"]}, net)
+    x = torch.randn(8, 32)
+    wrapper, said = net.head, dip.check(net, x, strict=False).faults["head"]
+    assert "ModulesToSaveWrapper since it was converted: convert again" in said
+    converted(model)
+    kept, called = wrapper.original_module, wrapper.modules_to_save["default"]
+    assert type(kept) is nn.Linear and called.log_variance.requires_grad
+    dip.calibrate(model, [x])
+    for each in (model, net):
+        report = dip.check(each, x)
+        assert report.checked == 2 and not report.frozen
+    assert len(dip.variances(model)) == 6
+
+
 def test_adapters_over_norms_and_embeddings_are_left_alone():
     model = converted(adapted("LN_TUNING", {}, targets=["norm"]))
     assert list(dip_layers(model)) == ["base_model.model.q", "base_model.model.head"]

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.layer import DIPLayer, weight_of
-from ..nn.numbering import named_layers, need_layers
+from ..nn.numbering import dip_layers, named_layers, need_layers
 from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
 from ..nn.wrappers import plain_names, unwrapped
 from ..noise import contexts
 from ..ops.dtensor import full
+from .convertible import put_away
 from .marks import CONVERTED, PLAN
 from .patterns import around as around_name
 from .probe import around, eager, leaves, run_batch, untouched
@@ -165,7 +166,8 @@ def _replaced(model: nn.Module) -> dict[str, str]:
                 continue
             kind = f"{type(module).__module__}.{type(module).__name__}"
             if any(isinstance(inner, DIPLayer) for inner in module.modules()):
-                if not isinstance(module, _LISTS):
+                called = (kept := put_away(module)) is not None and not dip_layers(kept)
+                if not (called or isinstance(module, _LISTS)):
                     found[full_name] = (
                         f"was put inside a {kind} since it was converted: convert again"
                     )

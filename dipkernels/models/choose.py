@@ -28,8 +28,8 @@ from .convertible import (
     is_candidate,
     is_inside,
     no_twin,
-    of_peft,
     own_matrices,
+    put_away,
     shown_together,
     unnoised,
 )
@@ -164,12 +164,8 @@ def _matched(
 ) -> list[nn.Module]:
     """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its
     attention."""
-    spare = {  # PEFT trains and calls copies of these
-        m
-        for wrapper in names
-        if of_peft(wrapper, "ModulesToSaveWrapper")
-        for m in wrapper.get_submodule("original_module").modules()
-    }
+    spares = [kept for wrapper in names if (kept := put_away(wrapper)) is not None]
+    spare = {m for kept in spares for m in kept.modules()}
     matched = [
         m
         for m in names

@@ -31,6 +31,7 @@ from .convertible import (
     feature_dim_of,
     features_of,
     forward_set_by,
+    put_away,
     read_past,
     shown_together,
     twin_before,
@@ -185,6 +186,9 @@ def convert(
             block.__class__ = twin
     for group in groups:
         share_noise([module for module in group if isinstance(module, DIPLayer)])
+    for wrapper in names:  # that PEFT put around layers which were converted before
+        if (kept := put_away(wrapper)) is not None and dip_layers(kept):
+            to_plain(kept)
     number_layers(model)
     remember(model, choice.noised, moved, plan)
     return model

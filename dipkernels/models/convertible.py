@@ -92,6 +92,12 @@ def of_peft(module: nn.Module, name: str) -> bool:
     )
 
 
+def put_away(module: nn.Module) -> nn.Module | None:
+    """What this wrapper of PEFT's holds and never calls, because it trains and calls copies."""
+    wraps = of_peft(module, "ModulesToSaveWrapper")
+    return module.get_submodule("original_module") if wraps else None
+
+
 def is_adapter(module: nn.Module) -> bool:
     """Whether PEFT made it around another layer: what its forward computes is one function of its
     input."""
