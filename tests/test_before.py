@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from plain_support import assert_plain
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from warning_support import no_warning
 
 import dipkernels as dip
@@ -333,6 +334,10 @@ def beside_a_head(module, features=8):
         (lambda: nn.Sequential(nn.Linear(200, 200), nn.GRUCell(4, 4)), r"1 \(GRUCell\)"),
         (lambda: beside_a_head(nn.Bilinear(8, 8, 8)), r"odd \(Bilinear\)"),
         (lambda: beside_a_head(nn.ConvTranspose1d(8, 8, 3)), r"odd \(ConvTranspose1d\)"),
+        (
+            lambda: beside_a_head(weight_norm(nn.ConvTranspose1d(8, 8, 3))),
+            r"odd \(ParametrizedConvTranspose1d\): 75\.0%.*\(weight\.original1\)",
+        ),
         (lambda: beside_a_head(Spectral()), r"odd \(Spectral\): 80.0%"),
         # no pattern that would name the layers between
         (

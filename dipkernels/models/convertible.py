@@ -454,15 +454,18 @@ _QUIET = (
 _LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the look of it
 
 
-def own_matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The floating and complex Parameters of two dimensions or more that are the module's own, or
-    in a list of its own; and what else holds 8-bit numbers, as quantised weights do, but for
-    masks."""
+def own_matrices(module: Any) -> dict[str, Tensor]:
+    """The floating and complex Parameters of two dimensions or more that are the module's own, in a
+    list of its own, or what a parametrisation computes its own from; and what else holds 8-bit
+    numbers, as quantised weights do, but for masks."""
     parameters: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     parameters |= {n: b for n, b in module.named_buffers(recurse=False) if _in_eight_bits(b)}
-    for name, each in module.named_children():
-        if isinstance(each, (nn.ParameterList, nn.ParameterDict)):
-            parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
+    listed = (nn.ParameterList, nn.ParameterDict)
+    lists = {name: each for name, each in module.named_children() if isinstance(each, listed)}
+    if nn.utils.parametrize.is_parametrized(module):
+        lists |= module.parametrizations.items()
+    for name, each in lists.items():
+        parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
     return {name: p for name, p in parameters.items() if _is_matrix(name, p)}
 
 
