@@ -278,6 +278,13 @@ class Kernel(nn.Module):
         return F.conv1d(x, self.weight)
 
 
+class NormedLinear(PygLinear):
+    """Of unit vectors, by its name no norm."""
+
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
 class Modulated(nn.Module):
     """StyleGAN2's: one weight for the whole batch, which each example's style scales."""
 
@@ -324,6 +331,7 @@ def beside_a_head(module, features=8):
         ),
         (lambda: beside_a_head(PygLinear(8, 4), 4), r"odd \(PygLinear\): 66\.7%.*\(weight\)"),
         (lambda: beside_a_head(Modulated()), r"odd \(Modulated\): 90\.0%.*\(weight\)"),
+        (lambda: beside_a_head(NormedLinear(8, 8)), r"odd \(NormedLinear\): 50\.0%"),
         (lambda: beside_a_head(Listed()), r"odd \(Listed\): 66\.7%.*experts\.0, experts\.1"),
         (lambda: beside_a_head(InEightBits()), r"odd \(InEightBits\): 50\.0%.*\(w8\)"),
         (lambda: beside_a_head(nn.GRU(8, 8)), r"odd \(GRU\)"),

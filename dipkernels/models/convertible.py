@@ -537,7 +537,9 @@ def _is_quiet(module: nn.Module) -> bool:
     name, package = type(module).__name__, type(module).__module__
     # takes no input: of positions, a bias
     table = len(inspect.signature(type(module).forward).parameters) == 1
-    known = any(part in name for part in ("Embed", "Positional", "Norm"))
+    # not a NormedLinear, which multiplies by a normed matrix
+    norm = "Norm" in name and not any(part in name for part in ("Linear", "Conv"))
+    known = norm or any(part in name for part in ("Embed", "Positional"))
     return plain or table or known or package.startswith("peft.")
 
 
