@@ -533,6 +533,14 @@ def test_a_layer_that_one_module_calls_and_another_reads_is_noised_where_it_is_c
         dip.convert(nn.ModuleList([Tied(nn.Linear(8, 8)), nn.Linear(8, 8)]))
 
 
+def test_the_way_out_for_what_reads_a_convolutions_weight_says_how_to_name_its_channels():
+    channels = r"; \{pattern: dimension\} says"
+    conv = nn.Conv2d(8, 8, 1)
+    for model in ([Tied(nn.Conv2d(8, 8, 1))], [Tied(conv), conv]):
+        with pytest.warns(dip.DIPConversionWarning, match=rf"reads .*{channels}"):
+            dip.convert(nn.ModuleList([*model, nn.Linear(8, 8)]))
+
+
 class NormLinear(nn.Sequential):
     """timm's: nn.Sequential calls the layer, and what fuses the two for export reads its weight."""
 

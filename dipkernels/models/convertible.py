@@ -192,7 +192,8 @@ def cannot(names: Names, types: Types, blocks: set[str]) -> dict[nn.Module, str]
             if name and own in read_past(kind):
                 read_by.append(by_name[parent])
         if len(read_by) < len(every_name):  # a decoder that is tied to its encoder's layer
-            reasons |= {m: _READS_ANOTHERS for m in read_by if m not in reasons}
+            reason = _READS_ANOTHERS + _ELSEWHERE * (feature_dim_of(module) != -1)
+            reasons |= {m: reason for m in read_by if m not in reasons}
             continue
         for reader in read_by:
             readers.setdefault(type(reader), {})[module] = reader
@@ -201,7 +202,7 @@ def cannot(names: Names, types: Types, blocks: set[str]) -> dict[nn.Module, str]
         reasons |= dict.fromkeys(
             read,
             f"{kind.__name__} reads its weight without calling it: {way_out} puts noise at the "
-            "input of the whole",
+            "input of the whole" + _ELSEWHERE * any(feature_dim_of(m) != -1 for m in read),
         )
     return {m: reason for m, reason in reasons.items() if not is_inside(names[m], blocks)}
 
@@ -308,6 +309,7 @@ _READS_ANOTHERS = (
     "it reads the weight of a layer that others call: give its name in before=[...] to noise its "
     "input; in exclude=[...] it would leave that layer plain too"
 )
+_ELSEWHERE = "; {pattern: dimension} says where its features are, if not in the last one"
 # why the forward of the class would not run, by who set another
 _REPLACED = {
     "accelerate": "accelerate dispatched it, and its hook calls the plain forward: convert before "
@@ -522,8 +524,7 @@ def unnoised(
         if share < _LEAST_SHARE and not any(name.startswith("weight") for name in called):
             continue
         shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
-        elsewhere = "; {pattern: dimension} says where its features are, if not in the last one"
-        elsewhere *= not kind.__module__.startswith("torch.nn.")
+        elsewhere = _ELSEWHERE * (not kind.__module__.startswith("torch.nn."))
         found[tuple(modules)] = (
             f"{share:.1%} of the model's matrix weights are its own tensors ({shown}), which "
             f"get no noise: before={_patterns(modules, names)} with batches=[...] puts noise at "
