@@ -10,7 +10,9 @@ import torch
 import torch.distributed.fsdp
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from variance_support import Branches, freeze
+from warning_support import no_warning
 
 import dipkernels as dip
 from dipkernels.nn.linear import DIPLinear
@@ -211,6 +213,26 @@ def test_gradients_of_zeros_beside_a_weight_that_learns_are_named():
     # a start at zero, as of residual branches, has such gradients rightly
     nn.init.zeros_(model[1].weight)
     model(X).sum().backward()
+    assert not faults(model)
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated:FutureWarning")
+def test_a_layer_without_noise_is_named_whose_weight_a_hook_computes(computed):
+    model = dip.convert(nn.Sequential(computed(nn.Linear(8, 8)), nn.Linear(8, 8)))
+    with dip.noise_off():
+        model(X).square().sum().backward()
+    with no_warning():
+        assert list(faults(model)) == ["0", "1"]
+    model.zero_grad()
+    model(X).square().sum().backward()
     assert not faults(model)
 
 

@@ -212,7 +212,7 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
         if all(each is None for each in slopes):
             faults[name] = "its variance got no gradient: " + _why_none(layer, slope is not None)
         elif not _learns_from_the_loss(layer, slope):
-            called = not isinstance(weight, Tensor) or weight.grad is not None
+            called = not isinstance(weight, Tensor) or slope is not None
             if _nonzero(slope) and _nonzero(weight):
                 faults[name] = (
                     "its variance got a gradient of zeros, or the KL term's alone, and its weight "

@@ -256,10 +256,15 @@ DIM = property(lambda layer: layer.dim)  # the feature_dim of a layer whose `dim
 
 def weight_of(module: Any) -> Any:
     """The module's weight, if it has one; of a parametrised one what it is computed from, for
-    reading it would compute it, which spectral_norm counts as a step."""
+    reading it would compute it, which spectral_norm counts as a step; so too where a hook computes
+    it (pruning, torch's older norms), for that gets the gradients."""
     if nn.utils.parametrize.is_parametrized(module, "weight"):
         return next(module.parametrizations["weight"].parameters(recurse=False), None)
-    return getattr(module, "weight", None)
+    weight, own = getattr(module, "weight", None), module._parameters
+    if not isinstance(weight, Tensor) or "weight" in own:
+        return weight
+    sources = (p for name, p in own.items() if p is not None and name.startswith("weight_"))
+    return next((p for p in sources if p.shape == weight.shape), weight)
 
 
 def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | None:
