@@ -246,6 +246,23 @@ def test_a_loss_of_derivatives_alone_is_named_where_noise_cancels(kl):
     assert list(found) == ["2"] and "derivatives of its output alone" in found["2"]
 
 
+class Score(nn.Module):
+    """The derivative of an energy."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_returns_derivatives_is_told_where_noise_cancels():
+    found = dip.check(dip.convert(Score()), X, strict=False).faults
+    assert list(found) == ["energy.2"] and "derivatives of its output alone" in found["energy.2"]
+
+
 @pytest.mark.parametrize("per", ["layer", "feature"])
 @pytest.mark.parametrize("start", [1.0, 0.3])
 def test_the_gradient_of_the_kl_term_hides_no_layer_without_noise(per, start):

@@ -397,7 +397,11 @@ def outputs(*shape):
         ((1,), {}, r"average: expected 'sigmoid' .*\(5, 1\), got 'probs'"),
         ((), {}, r"average: expected 'sigmoid' .*\(5,\), got 'probs'"),
         ((3, 1), {}, "average: expected 'sigmoid'"),
-        ((3, 2, 2), {}, r"dim: expected the dimension of the classes .*\(5, 3, 2, 2\), got None"),
+        (
+            (3, 2, 2),
+            {},
+            r"dim: expected the dimension .*\(5, 3, 2, 2\), got None; .*average='logits'",
+        ),
         ((1, 2, 2), {"dim": 1}, "average: expected 'sigmoid'"),
         ((3,), {"dim": 0}, "dim: expected a dimension .* behind the batch's, got 0"),
         ((3,), {"dim": -2}, "dim: expected a dimension"),

@@ -320,6 +320,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         elif reached is not None and learned and not any(id(p) in reached for p in learned):
             faults[name] = (
                 "it drew noise, and what it returned does not reach the model's loss or outputs"
+                + _CANCELS
             )
     return faults
 

@@ -206,8 +206,8 @@ def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int =
     out = logits_of(out)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise TypeError(
-            f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass "
-            "average=None"
+            f"model: expected a floating output, or one named 'logits', got {_kind(out)}; return "
+            "that alone, or pass average=None to predict"
         )
     values: Tensor = out.to(torch.promote_types(out.dtype, torch.float32))
     if average == "sigmoid":
@@ -228,7 +228,8 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
     if dim is None and ndim > 3:
         raise ValueError(
             f"dim: expected the dimension of the classes for an output of shape {shape}, got None; "
-            "dim=1 for a map [B, K, H, W], dim=-1 where the classes come last"
+            "dim=1 for a map [B, K, H, W], dim=-1 where the classes come last; average='logits' "
+            "for what is no classes, such as a generated image"
         )
     found = -1 if dim is None else dim
     if ndim == 1 and shape[0] > 1:
