@@ -5,6 +5,7 @@ import copy
 import functools
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -223,6 +224,93 @@ def test_a_key_that_other_layers_drew_under_is_not_taken_for_that_of_a_block(blo
     said = r"fixed_noise\(key, row0\) = \(9, 0\)|add.* not found in storage"
     with dip.fixed_noise(9), pytest.raises(RuntimeError, match=said):
         (other(x) + y).sum().backward()
+
+
+def nested(block, x, options):
+    """A block with another inside it, whose noise is all there is."""
+
+    def inner(x):
+        return checkpoint(block, x.tanh(), **options).exp()
+
+    return checkpoint(inner, x, **options)
+
+
+BLOCKS = {"one": lambda block, x, options: checkpoint(block, x, **options), "nested": nested}
+
+
+@pytest.mark.parametrize("run", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+@pytest.mark.parametrize(
+    "at_first", [lambda: dip.fixed_noise(7), lambda: dip.fixed_noise(8, row0=4), nullcontext]
+)
+def test_a_key_of_one_tower_is_not_taken_for_that_of_another(block, x, kind, at_first, run):
+    block[2].p = 0.0
+    with at_first():
+        y = run(block, x, KINDS[kind])
+    with dip.fixed_noise(8):
+        z = run(block, x + 1, KINDS[kind])
+        with pytest.raises(RuntimeError, match=r"fixed_noise\(key, row0\) = \(8, 0\)"):
+            (y * z).sum().backward()
+    with dip.fixed_noise(8):
+        y = run(block, x, KINDS[kind])
+    z = run(block, x + 1, KINDS[kind])  # draws what the generator's state gives both
+    with pytest.raises(RuntimeError, match="draws a seed"):
+        (y * z).sum().backward()
+
+
+@pytest.mark.parametrize("run", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_blocks_of_several_keys_enter_them_inside(block, x, kind, run):
+    def tower(key):
+        def under_key(x):
+            with dip.fixed_noise(key):
+                return block(x)
+
+        return under_key
+
+    def towers(x, run=lambda block, x, options: block(x)):
+        return run(tower(7), x, KINDS[kind]) * run(tower(8), x + 1, KINDS[kind])
+
+    def plain(x):
+        if run is nested:
+            return tower(7)(x.tanh()).exp() * tower(8)((x + 1).tanh()).exp()
+        return towers(x)
+
+    block[2].p = 0.0
+    want, got = (gradients(block, x, f) for f in (plain, lambda x: towers(x, run)))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_a_key_inside_a_block_is_not_taken_for_that_of_the_rest(block, x, kind):
+    other = DIPLinear(8, 8)
+    number_layers(nn.ModuleList([block, other]))
+
+    def with_key_inside(x):
+        with dip.fixed_noise(8):
+            x = other(x)
+        return block(x)
+
+    with dip.fixed_noise(7):
+        y = checkpoint(with_key_inside, x, **KINDS[kind])
+        y.sum().backward()
+        y = checkpoint(with_key_inside, x, **KINDS[kind])
+    said = r"fixed_noise\(key, row0\) = \(8, 0\)"
+    with dip.fixed_noise(8), pytest.raises(RuntimeError, match=said):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_blocks_of_both_kinds_may_be_inside_each_other(block, x, kind):
+    def inner(x):
+        y = checkpoint(block, x, use_reentrant=False)
+        return checkpoint(block, y.tanh(), use_reentrant=True)
+
+    block[2].p = 0.0
+    with dip.fixed_noise(7):
+        want = gradients(block, x, lambda x: block(block(x).tanh()))
+        got = gradients(block, x, lambda x: checkpoint(inner, x, **KINDS[kind]))
+    torch.testing.assert_close(got, want)
 
 
 def test_saved_seeds_need_no_rng_state(block, x):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from .. import worlds
 from . import contexts
@@ -26,22 +30,33 @@ _forward_mode = torch._C._is_fwd_grad_enabled
 def watch_checkpoint(seed: Tensor) -> None:
     """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at
     first."""
-    if _in_backward() == -1 and torch.is_grad_enabled():
+    task = _in_backward()
+    first = task == -1
+    # Inside no autograd.Function's forward, in which a function that takes a derivative turns
+    # gradients on by itself, but forward mode is off.
+    outside = first and _forward_mode() and not worlds.transforming()
+    if first and torch.is_grad_enabled():
         _note_key()
-        # No checkpointed block's first forward, and inside no autograd.Function's, in which a
-        # function that takes a derivative turns gradients on by itself, but forward mode is off.
-        outside = _forward_mode() and not worlds.transforming()
-        if outside and _saved_tensor_hooks(False) is None:
+        if outside and _saved_tensor_hooks(False) is None:  # no checkpointed block's first forward
             return
-    if _in_backward() == -1:
-        if (mark := _mark_of(seed)) is not None:
+    same = True
+    for block, again in _blocks(outside):
+        tags, done = vars(block).setdefault("_dipkernels_draws", ([], {}))
+        if again:
+            place = done.get(task, 0)
+            done[task] = place + 1
+            same = tags[place : place + 1] == [contexts.TAG]
+            break  # a block around it records none now
+        tags.append(contexts.TAG)
+    mark = _mark_of(seed)
+    if first:
+        if mark is not None:
             _first_draws[mark] = None
             _first_draws.move_to_end(mark)
             if len(_first_draws) > _MAX_DRAWS:
                 _first_draws.popitem(last=False)
         return
-    mark = _mark_of(seed)
-    if mark is None or mark in _first_draws:
+    if same and (mark is None or mark in _first_draws):
         return
     what = "draws a seed"
     if contexts.KEY is not None:
@@ -50,8 +65,39 @@ def watch_checkpoint(seed: Tensor) -> None:
         "checkpoint: a layer in the backward pass (of a block that is computed again, an adjoint, "
         f"a hook) {what}, which is not what the forward pass had, so gradients would be wrong. "
         "Keep preserve_rng_state=True, or run forward and backward inside one fixed_noise(key) or "
-        "noise_off; put layers that share one draw into one checkpoint"
+        "noise_off, or enter it inside the block, where blocks have several keys; put layers that "
+        "share one draw into one checkpoint"
     )
+
+
+# torch's object for a call of checkpoint keeps under what its block drew at first, draw by draw,
+# and how many of these each backward pass has made again. Keys of _first_draws do not tell: two
+# blocks, such as the towers of a contrastive loss, may have one each.
+_FRAME: Any = getattr(checkpoint, "_CheckpointFrame", ())
+_REENTRANT = {
+    getattr(checkpoint.CheckpointFunction, name).__code__: name == "backward"
+    for name in ("forward", "backward")
+}
+
+
+def _blocks(outside: bool) -> Iterator[tuple[Any, bool]]:
+    """torch's object of the checkpoints whose blocks run now, and whether one runs again; the
+    inmost first. outside: whether no autograd.Function is running, which a reentrant one is."""
+    hooks = _saved_tensor_hooks(False)
+    pack = None if hooks is None else inspect.unwrap(hooks[0])
+    if getattr(pack, "__module__", "") == checkpoint.__name__:
+        for cell in getattr(pack, "__closure__", None) or ():
+            again = isinstance(cell.cell_contents, ReferenceType)
+            block = cell.cell_contents() if again else cell.cell_contents
+            if isinstance(block, _FRAME):
+                yield block, again
+    frame = None if outside else sys._getframe()
+    while frame is not None and (frame := frame.f_back) is not None:
+        code = frame.f_code
+        if code in _REENTRANT:
+            yield frame.f_locals["ctx"], _REENTRANT[code]
+        elif code.co_name == "unpack_hook" and code.co_filename == checkpoint.__file__:
+            return  # another block runs again, because those further out want their inputs
 
 
 def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
