@@ -263,6 +263,36 @@ def test_a_sum_over_the_batch_is_divided_by_the_number_of_trajectories(m, tmp_pa
     assert found[1] == pytest.approx(SHORT["per_device_train_batch_size"] * found[0], rel=1e-5)
 
 
+class Contrast(transformers.Trainer):
+    """Negatives from the batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(pixel_values=inputs["pixel_values"])
+        pairs = torch.arange(len(out.logits))
+        loss = F.cross_entropy(out.logits @ out.logits.T, pairs)
+        return (loss, out) if return_outputs else loss
+
+
+class DrawnWeights(transformers.Trainer):
+    """A loss of draws that are others for more examples."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(pixel_values=inputs["pixel_values"])
+        losses = F.cross_entropy(out.logits, inputs["labels"], reduction="none")
+        loss = (losses * 5 * torch.rand(len(losses))).mean()
+        return (loss, out) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    "base, m, told",
+    [(Contrast, 2, 1), (Contrast, 1, 0), (DrawnWeights, 2, 0), (transformers.Trainer, 2, 0)],
+)
+def test_a_loss_that_compares_an_example_with_its_copies_is_named(base, m, told, tmp_path):
+    config, kind = dip.DIPConfig(ratio=0.5, m=m), type("Behind", (DIPMixin, base), {})
+    trainer = noisy(tmp_path, config, kind=kind, max_steps=1)
+    assert len(warned(trainer.train, "seems to compare the examples of a batch")) == told
+
+
 def test_an_infinite_first_loss_is_taken_for_no_sum(tmp_path):
     class Infinite(transformers.Trainer):
         def compute_loss(self, model, *args, **options):  # where the trainer asks, in eval mode

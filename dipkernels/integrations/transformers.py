@@ -34,7 +34,7 @@ from ..config import (
     save,
 )
 from ..models.parameters import load_variances, variance_tensors
-from ..models.probe import around, eval_mode, untouched
+from ..models.probe import around, eval_mode, seed_alike, untouched
 from ..nn.wrappers import plain_names
 from ..noise import contexts
 from ..noise.contexts import noise_off
@@ -346,16 +346,17 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         """Whether the trainer's loss adds up the examples, so that m trajectories would make it m
         times as large. So does CTC's in transformers by default. Asked once; all ranks answer as
         one."""
-        m, found = self.dip_config.m, False
+        m, one, many = self.dip_config.m, math.nan, math.nan
         if m == 1 or _of_trl(self):
             return False
         # without dropout the two differ by a factor alone; what only runs in training is asked
         # nothing, and another error comes again in the step
         with contextlib.suppress(Exception), eval_mode(self.model):
-            many = None if items is None else items * m
-            losses = self._dip_loss_now(inputs, items), self._dip_loss_now(inputs, many, m)
-            found = _is_times(*losses, m)
-        if not self._dip_on_any_rank(found):
+            one = self._dip_loss_now(inputs, items)
+            many = self._dip_loss_now(inputs, None if items is None else items * m, m)
+        if not self._dip_on_any_rank(_is_times(one, many, m)):
+            if self._dip_on_any_rank(_is_another(one, many)):
+                self._dip_warn_of_copies(inputs, items, one)
             return False
         warnings.warn(
             f"dipkernels: the loss of {type(self.model).__name__} is a sum over the batch; it is "
@@ -365,11 +366,29 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         )
         return True
 
-    def _dip_loss_now(self, inputs: Any, items: Any, times: int = 1) -> float:
+    def _dip_warn_of_copies(self, inputs: Any, items: Any, loss: float) -> None:
+        """Of a loss that is another where every example comes m times: it compares the examples of
+        a batch, unless it draws something of its own (masks, time steps)."""
+        other = math.nan
+        with contextlib.suppress(Exception), eval_mode(self.model):
+            other = self._dip_loss_now(inputs, items, seeded=True)
+        if _is_times(loss, other, 1):
+            warnings.warn(
+                f"dipkernels: the loss of {type(self.model).__name__} changes where every example "
+                f"comes m = {self.dip_config.m} times, so it seems to compare the examples of a "
+                "batch (negatives from the batch), here with their own copies. Take "
+                "DIPConfig(m=1), and key=None where the two of a pair come from two calls",
+                stacklevel=4,
+            )
+
+    def _dip_loss_now(self, inputs: Any, items: Any, times: int = 1, seeded: bool = False) -> float:
         """The trainer's own loss, without noise, of a batch with every example so many times: the
-        same draws each time it is asked, and no trace left."""
+        same draws each time it is asked, others where `seeded`, and no trace left."""
         run = functools.partial(super().compute_loss, self.model, num_items_in_batch=items)
         with untouched(self.model), noise_off(), self.compute_loss_context_manager():
+            if seeded:
+                seed_alike()
+                torch.manual_seed(0)
             batch = dict(self._prepare_inputs(inputs))
             return float(on_trajectories(run, batch, times)[0].mean().item())
 
@@ -503,6 +522,12 @@ def _is_times(first: float, second: float, factor: int) -> bool:
     infinite, as a first loss may be in 16 bits."""
     known = math.isfinite(first) and first != 0
     return known and math.isclose(second, factor * first, rel_tol=1e-3)
+
+
+def _is_another(first: float, second: float) -> bool:
+    """Whether two losses differ by more than rounding to 16 bits explains."""
+    known = math.isfinite(first) and math.isfinite(second)
+    return known and not math.isclose(first, second, rel_tol=0.02)
 
 
 def _logits(outputs: Any) -> Tensor:
