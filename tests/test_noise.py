@@ -170,6 +170,13 @@ def test_noise_numbers_rows_in_the_order_of_the_other_dimensions(name):
         assert torch.equal(channels.permute(0, 2, 3, 1).flatten(0, 2), flat)
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 5)])
+def test_noise_of_nothing_is_empty(name, shape):
+    with backend(name):
+        assert functional.noise(shape, SEED).shape == shape
+
+
 @pytest.mark.parametrize("k", [8, 520, 1032])  # 1032: a tile ends inside the next row
 def test_noise_rows_go_beyond_32_bits(k):
     whole = functional.noise((4, k), SEED, row0=2**32 - 2)
