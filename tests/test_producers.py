@@ -326,6 +326,33 @@ def everything(shape, dtype=torch.float32, transform=lambda t: t):
             yield from backward("gate_bwd", du, x, factor, sigma, SEED, draw, kind)
 
 
+@pytest.mark.parametrize(
+    "op, bad",
+    [
+        *(("norm", name) for name in ("weight", "bias", "sigma")),
+        *(("norm_bwd", name) for name in ("du", "stats", "weight", "bias", "sigma")),
+        *(("gate", name) for name in ("b", "sigma")),
+        *(("gate_bwd", name) for name in ("du", "b", "sigma")),
+    ],
+)
+@pytest.mark.parametrize("cut", [lambda t: t[..., :-1], lambda t: t[None]])
+def test_producers_library_by_itself_stays_inside_its_buffers(op, bad, cut):
+    """Called without the checks in Python."""
+    x, column = torch.ones(4, 8), torch.ones(8)
+    drawn, kind = {"sigma": column, "seed": SEED, "draw": Draw()}, "layer"
+    normed = {"x": x, "weight": column, "bias": column}
+    good = {
+        "norm": normed | drawn | {"kind": kind, "eps": 1e-5, "offset": 0.0, "out_dtype": None},
+        "norm_bwd": {"du": x, "x": x, "stats": torch.ones(2, 4)} | normed | drawn,
+        "gate": {"a": x, "b": x} | drawn | {"activation": "silu", "out_dtype": None},
+        "gate_bwd": {"du": x, "a": x, "b": x} | drawn | {"activation": "silu"},
+    }
+    good["norm_bwd"] |= {"kind": kind, "offset": 0.0}
+    backward(op, *good[op].values())
+    with pytest.raises(RuntimeError, match=f"{bad}: expected"):
+        backward(op, *(good[op] | {bad: cut(good[op][bad])}).values())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(130, 200), (70, 192), (40, 64), (5, 1024), (70, 13)])
 def test_producers_ignore_instruction_set_and_threads(shape, dtype):
