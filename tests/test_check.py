@@ -485,3 +485,23 @@ def test_outputs_and_batches_that_hold_themselves_are_looked_into_once(make):
         dip.predict(model, X, average=None)
     with pytest.raises(ValueError, match=r"^args\[0\]: expected .* do not hold themselves"):
         dip.trajectories(model, make(X), m=2)
+
+
+class Codebook(nn.Module):
+    """Starts at its first batch in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.ready = nn.Linear(8, 8), False
+        self.register_buffer("codes", torch.zeros(4, 8))
+
+    def forward(self, x):
+        if self.training and not self.ready:
+            self.codes, self.ready = x.detach()[:4].clone(), True
+        return self.linear(x) + self.codes.sum()
+
+
+def test_a_check_leaves_a_modules_flags_as_its_buffers():
+    model = dip.convert(Codebook())
+    dip.check(model, X)
+    assert not model.ready and not model.codes.any()

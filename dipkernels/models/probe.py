@@ -80,9 +80,24 @@ def eager() -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
+def _kept_flags(model: nn.Module) -> Iterator[None]:
+    """What modules have of numbers and flags outside of buffers, restored: a codebook that says
+    that it has seen its first batch would never start, were its buffer alone restored."""
+    flags = [
+        (vars(m), {name: v for name, v in vars(m).items() if isinstance(v, (bool, int, float))})
+        for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for attributes, before in flags:
+            attributes.update(before)
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers and the states of the random generators are afterwards what they were: inside,
-    the model has copies of its buffers."""
+    """Modes, buffers, numbers and flags of modules, and the states of the random generators are
+    afterwards what they were: inside, the model has copies of its buffers."""
     buffers = [
         (module, name, buffer)
         for module in model.modules()
@@ -100,6 +115,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     numpy_random = sys.modules.get("numpy.random")
     states = random.getstate(), numpy_random and numpy_random.get_state()
     with (
+        _kept_flags(model),
         kept_modes(model),
         torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind),
     ):
