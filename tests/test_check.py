@@ -1,6 +1,7 @@
 """check: every way in which a converted layer draws nothing is named, and the check changes
 nothing."""
 
+import contextlib
 import copy
 import dataclasses
 import types
@@ -505,3 +506,25 @@ def test_a_check_leaves_a_modules_flags_as_its_buffers():
     model = dip.convert(Codebook())
     dip.check(model, X)
     assert not model.ready and not model.codes.any()
+
+
+class Built(nn.Module):
+    """Makes its layer at its first batch, and says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.built = nn.Linear(8, 8), False
+
+    def forward(self, x):
+        if not self.built:
+            self.head, self.built = nn.Linear(8, 2), True
+        return self.head(self.linear(x))
+
+
+def test_a_check_keeps_the_layers_that_a_module_made_inside():
+    model = dip.convert(Built())
+    with contextlib.suppress(RuntimeError):  # may find that the head draws no noise
+        dip.check(model, X)
+    head = model.head
+    model(X)
+    assert model.head is head

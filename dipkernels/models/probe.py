@@ -82,16 +82,22 @@ def eager() -> contextlib.AbstractContextManager[object]:
 @contextlib.contextmanager
 def _kept_flags(model: nn.Module) -> Iterator[None]:
     """What modules have of numbers and flags outside of buffers, restored: a codebook that says
-    that it has seen its first batch would never start, were its buffer alone restored."""
-    flags = [
-        (vars(m), {name: v for name, v in vars(m).items() if isinstance(v, (bool, int, float))})
+    that it has seen its first batch would never start, were its buffer alone restored. Not of a
+    module that made its layers inside, and would make them again."""
+
+    def parts(module: nn.Module) -> list[int]:
+        return [id(part) for part in (*module._modules.values(), *module._parameters.values())]
+
+    before = [
+        (m, parts(m), {name: v for name, v in vars(m).items() if isinstance(v, (bool, int, float))})
         for m in model.modules()
     ]
     try:
         yield
     finally:
-        for attributes, before in flags:
-            attributes.update(before)
+        for module, made_of, flags in before:
+            if parts(module) == made_of:
+                vars(module).update(flags)
 
 
 @contextlib.contextmanager
