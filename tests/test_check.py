@@ -508,23 +508,46 @@ def test_a_check_leaves_a_modules_flags_as_its_buffers():
     assert not model.ready and not model.codes.any()
 
 
-class Built(nn.Module):
-    """Makes its layer at its first batch, and says so."""
+class Positions(nn.Module):
+    """Keeps a table for the length that came last."""
 
     def __init__(self):
         super().__init__()
-        self.linear, self.built = nn.Linear(8, 8), False
+        self.linear, self.length, self.table = nn.Linear(8, 8), 0, None
+
+    def forward(self, x):
+        if len(x) != self.length:
+            self.length = len(x)
+            self.table = torch.linspace(0, 1, self.length)[:, None]
+        return self.linear(x + self.table)
+
+
+def test_a_check_leaves_a_table_and_the_length_that_it_is_for():
+    model = dip.convert(Positions())
+    model(X[:2])
+    dip.check(model, X)
+    assert model(X[:2]).shape == (2, 8)
+
+
+class Built(nn.Module):
+    """Makes a layer at its first batch, of its own or of another module, and says so."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.linear, self.built, self.inside = nn.Linear(8, 8), False, nn.Module()
+        self.owner = [self.inside if inside else self]
 
     def forward(self, x):
         if not self.built:
-            self.head, self.built = nn.Linear(8, 2), True
-        return self.head(self.linear(x))
+            self.owner[0].head, self.built = nn.Linear(8, 2), True
+        return self.owner[0].head(self.linear(x))
 
 
-def test_a_check_keeps_the_layers_that_a_module_made_inside():
-    model = dip.convert(Built())
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_check_keeps_the_layers_that_a_module_made_inside(inside):
+    model = dip.convert(Built(inside))
     with contextlib.suppress(RuntimeError):  # may find that the head draws no noise
         dip.check(model, X)
-    head = model.head
+    head = model.owner[0].head
     model(X)
-    assert model.head is head
+    assert model.owner[0].head is head

@@ -81,28 +81,26 @@ def eager() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _kept_flags(model: nn.Module) -> Iterator[None]:
-    """What modules have of numbers and flags outside of buffers, restored: a codebook that says
-    that it has seen its first batch would never start, were its buffer alone restored. Not of a
-    module that made its layers inside, and would make them again."""
+    """What attributes of modules are bound to outside of buffers, restored: a codebook that says
+    that it has seen its first batch would never start, were its buffer alone restored, and the
+    length that a table was made for goes with the table. Not of a module inside which layers were
+    made: it would make them again."""
 
-    def parts(module: nn.Module) -> list[int]:
-        return [id(part) for part in (*module._modules.values(), *module._parameters.values())]
+    def parts(module: nn.Module) -> list[object]:
+        return [*module.modules(), *module.parameters()]
 
-    before = [
-        (m, parts(m), {name: v for name, v in vars(m).items() if isinstance(v, (bool, int, float))})
-        for m in model.modules()
-    ]
+    before = [(module, parts(module), dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
         for module, made_of, flags in before:
-            if parts(module) == made_of:
+            if list(map(id, parts(module))) == list(map(id, made_of)):
                 vars(module).update(flags)
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers, numbers and flags of modules, and the states of the random generators are
+    """Modes, buffers and other attributes of modules, and the states of the random generators are
     afterwards what they were: inside, the model has copies of its buffers."""
     buffers = [
         (module, name, buffer)
