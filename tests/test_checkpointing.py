@@ -313,6 +313,37 @@ def test_blocks_of_both_kinds_may_be_inside_each_other(block, x, kind):
     torch.testing.assert_close(got, want)
 
 
+class Adjoint(torch.autograd.Function):
+    """As a solver's: its backward pass may call the model more often than its forward pass."""
+
+    @staticmethod
+    def forward(ctx, model, x, *parameters):
+        ctx.model = model
+        ctx.save_for_backward(x, *parameters)
+        return model(x)
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.model(x)
+            found = torch.autograd.grad(ctx.model(x), [x, *parameters], slope)
+        return None, *found
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_an_adjoint_inside_a_block_may_draw_more_often_than_its_forward_pass(block, x, kind):
+    def solve(x):
+        return Adjoint.apply(block, x.tanh(), *block.parameters()).exp()
+
+    block[2].p = 0.0
+    with dip.fixed_noise(7):
+        want = gradients(block, x, lambda x: block(x.tanh()).exp())
+        got = gradients(block, x, lambda x: checkpoint(solve, x, **KINDS[kind]))
+    torch.testing.assert_close(got, want)
+
+
 def test_saved_seeds_need_no_rng_state(block, x):
     block[2].p = 0.0
     saved = selective(lambda op: op is torch.ops.aten.randint.low)

@@ -78,6 +78,7 @@ _REENTRANT = {
     getattr(checkpoint.CheckpointFunction, name).__code__: name == "backward"
     for name in ("forward", "backward")
 }
+_BACKWARD = torch.autograd.backward.__code__
 
 
 def _blocks(outside: bool) -> Iterator[tuple[Any, bool]]:
@@ -94,6 +95,8 @@ def _blocks(outside: bool) -> Iterator[tuple[Any, bool]]:
     frame = None if outside else sys._getframe()
     while frame is not None and (frame := frame.f_back) is not None:
         code = frame.f_code
+        if code is _BACKWARD:
+            return  # of a block that has run again, where an adjoint may draw once more
         if code in _REENTRANT:
             yield frame.f_locals["ctx"], _REENTRANT[code]
         elif code.co_name == "unpack_hook" and code.co_filename == checkpoint.__file__:
