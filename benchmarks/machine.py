@@ -62,10 +62,11 @@ def _cpu_name(processor: dict[str, str]) -> str:
 
 
 def _instruction_set(processor: dict[str, str]) -> str:
-    """The best that torch's kernels use, or AMX where the processor multiplies bfloat16 by it."""
-    if "amx_tile" in processor.get("flags", "").split():
-        return "AMX"
-    return torch.backends.cpu.get_cpu_capability()
+    """The best that torch's kernels use, or AMX where the processor multiplies bfloat16 by it and
+    torch is not told to do with less (ATEN_CPU_CAPABILITY)."""
+    best = torch.backends.cpu.get_cpu_capability()
+    amx = "amx_tile" in processor.get("flags", "").split()
+    return "AMX" if amx and best == "AVX512" else best
 
 
 def _version(package: str) -> str | None:

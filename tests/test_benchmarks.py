@@ -411,6 +411,20 @@ def test_records_are_small_and_whole(tmp_path, quick):
         report.load(path, "cost")
 
 
+@pytest.mark.parametrize(
+    "best, flags, expected",
+    [
+        ("AVX512", "avx512f amx_bf16 amx_tile", "AMX"),
+        ("AVX512", "avx512f", "AVX512"),
+        ("AVX2", "avx512f amx_bf16 amx_tile", "AVX2"),  # ATEN_CPU_CAPABILITY=avx2
+    ],
+)
+def test_a_machine_is_told_by_what_torch_uses_of_it(best, flags, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: best)
+    monkeypatch.setattr(machine, "_processor", lambda: {"model name": "P", "flags": flags})
+    assert machine.describe("cpu")["instruction_set"] == expected
+
+
 def test_records_refuse_what_means_nothing(quick):
     _, record = quick
     with pytest.raises(ValueError, match="expected full runs"):
