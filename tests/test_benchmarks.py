@@ -331,6 +331,7 @@ OF_INTEL = [("intel", "measured_intel", program) for program in ("overhead", "mo
     "kind, page, program",
     [
         ("amd", "measured", "overhead"),
+        ("amd", "measured", "models"),
         ("amd", "measured", "models-compiled"),
         ("amd", "cost", "cost"),
         *OF_INTEL,
@@ -346,6 +347,8 @@ def test_tables_of_a_page_are_those_of_the_record(kind, page, program):
     assert texts[program](run) in (ROOT / "docs" / f"{page}.md").read_text()
     if (kind, program) == ("amd", "overhead"):
         assert overhead.short_text(run) in (ROOT / "README.md").read_text()
+    if (kind, program) == ("intel", "models"):
+        assert texts[program](run) in (ROOT / "README.md").read_text()
 
 
 def rows_of(program, run):

@@ -86,6 +86,24 @@ def test_faults_are_planted_in_every_compiled_kernel_of_today():
     assert set(re.findall(r"^\| (?:CUDA|Triton): (\w+) \|", page, re.MULTILINE)) == set(kernels)
 
 
+def test_readme_says_the_least_and_the_most_that_a_step_takes():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    words = {
+        "intel-amx": "{} times the plain step on an Intel Xeon with AMX",
+        "intel-avx512": "and {} without; on an AMD",
+        "amd-avx512": "on an AMD CPU {} with AVX-512",
+        "amd-avx2": "and {} without. m noisy passes",
+    }
+    for kind, said in words.items():
+        page = "measured_intel.md" if kind.startswith("intel") else "measured.md"
+        _, table, _ = re.split(
+            f"<!-- models-{kind}:(?:begin|end) -->", (ROOT / "docs" / page).read_text()
+        )
+        rows = [row.split("|") for row in table.splitlines() if " ms " in row]
+        ratios = [float(cell.split()[0]) for row in rows for cell in row[4:6]]  # dip; producer
+        assert said.format(f"{min(ratios):.2f} to {max(ratios):.2f}") in readme, kind
+
+
 def test_readme_figures_are_those_of_the_record():
     """Of the tables between marks tests/test_benchmarks.py says so."""
     record = json.loads((ROOT / "benchmarks" / "results" / "amd-0.1.0.json").read_text())
