@@ -344,6 +344,23 @@ def test_an_adjoint_inside_a_block_may_draw_more_often_than_its_forward_pass(blo
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_a_teacher_in_inference_mode_inside_a_block_draws_as_at_first(block, x, kind):
+    def with_teacher(x):
+        with torch.inference_mode():
+            block(x.detach())
+        y = block(x)
+        with torch.inference_mode():
+            block(x.detach())
+        return y
+
+    block[2].p = 0.0
+    with dip.fixed_noise(7):
+        want = gradients(block, x, block)
+        got = gradients(block, x, lambda x: checkpoint(with_teacher, x, **KINDS[kind]))
+    torch.testing.assert_close(got, want)
+
+
 def test_saved_seeds_need_no_rng_state(block, x):
     block[2].p = 0.0
     saved = selective(lambda op: op is torch.ops.aten.randint.low)

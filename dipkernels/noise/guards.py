@@ -92,7 +92,8 @@ def _blocks(outside: bool) -> Iterator[tuple[Any, bool]]:
             block = cell.cell_contents() if again else cell.cell_contents
             if isinstance(block, _FRAME):
                 yield block, again
-    frame = None if outside else sys._getframe()
+    # not in inference mode, which no derivative passes: up a deep stack the walk takes long
+    frame = None if outside or torch.is_inference_mode_enabled() else sys._getframe()
     while frame is not None and (frame := frame.f_back) is not None:
         code = frame.f_code
         if code is _BACKWARD:
