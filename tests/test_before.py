@@ -498,6 +498,25 @@ def test_a_layer_that_its_parent_only_reads_is_named_and_left_alone(kind):
     assert dip.check(model, X)
 
 
+class LowRank(nn.Module):
+    """A parametrisation with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, weight):
+        return weight + (self.a @ self.b)[..., None]
+
+
+def test_a_parametrisation_is_counted_with_the_module_whose_weight_it_computes():
+    conv = nn.ConvTranspose1d(8, 8, 3)
+    nn.utils.parametrize.register_parametrization(conv, "weight", LowRank())
+    said = r"^convert: 1 module.*\n.* 1 \(ParametrizedConvTranspose1d\): 77\.8%.*original, weight\.0\.a"
+    with pytest.warns(dip.DIPConversionWarning, match=said):
+        dip.convert(nn.Sequential(nn.Linear(8, 8), conv))
+
+
 class Tied(nn.Module):
     """The decoder of an encoder's layer."""
 

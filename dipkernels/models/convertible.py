@@ -507,7 +507,10 @@ def unnoised(
     known: what is converted, left out on purpose, or named already. Small ones, such as a table of
     relative positions, count as layers only where the name of a matrix begins with `weight`.
     """
-    own = {m: own_matrices(m) for m in names if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    parametrised: Any = filter(nn.utils.parametrize.is_parametrized, names)
+    counted = {p for m in parametrised for p in m.parametrizations.modules()}  # with the module
+    own = {m: own_matrices(m) for m in names if m not in counted and not isinstance(m, kinds)}
     total = sum({id(p): p.numel() for each in own.values() for p in each.values()}.values())
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
     for module, matrices in own.items():
