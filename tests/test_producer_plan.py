@@ -126,6 +126,13 @@ def test_a_norm_over_more_than_the_channels_stays(layer, dims):
     assert "WiderRMSNorm is not a LayerNorm" in left(plan)["2"]
 
 
+@pytest.mark.parametrize("name, moves", [("ChannelRMSNorm2d", 1), ("ChannelRMS", 0)])
+def test_a_norm_of_no_class_of_torchs_is_known_by_its_name(name, moves):
+    norm = type(name, (ChannelRMSNorm,), {})(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1))
+    assert len(dip.producer_plan(model, [torch.randn(2, 3, 5, 5)]).moved) == moves
+
+
 def test_convolutions_and_attention_draw_the_noise_of_their_own_layers():
     torch.manual_seed(0)
     first = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
