@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import types
+import warnings
 
 import pytest
 import torch
@@ -551,3 +552,20 @@ def test_a_check_keeps_the_layers_that_a_module_made_inside(inside):
     head = model.owner[0].head
     model(X)
     assert model.owner[0].head is head
+
+
+def test_a_lazy_layer_that_a_batch_gave_its_shapes_keeps_them():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.LazyConv1d(4, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x).unsqueeze(-1))
+
+    x = torch.randn(2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the lazy layer is named, as one without noise
+        model = dip.convert(Lazy(), before=["first"], batches=[x])
+    assert (type(model.last), model.last.in_channels) == (nn.Conv1d, 8)
+    assert model(x).shape == (2, 4, 1)

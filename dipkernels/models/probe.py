@@ -84,10 +84,11 @@ def _kept_flags(model: nn.Module) -> Iterator[None]:
     """What attributes of modules are bound to outside of buffers, restored: a codebook that says
     that it has seen its first batch would never start, were its buffer alone restored, and the
     length that a table was made for goes with the table. Not of a module inside which layers were
-    made: it would make them again."""
+    made, or lazy ones got their shapes: it would make them again, or know other shapes."""
 
     def parts(module: nn.Module) -> list[object]:
-        return [*module.modules(), *module.parameters()]
+        own = list(module.parameters())
+        return [*module.modules(), *own, *map(nn.parameter.is_lazy, own)]
 
     before = [(module, parts(module), dict(vars(module))) for module in model.modules()]
     try:
