@@ -486,7 +486,8 @@ def _is_matrix(name: str, p: Tensor) -> bool:
     if not (p.is_floating_point() or p.is_complex() or _in_eight_bits(p)):
         return False
     # a class token or positions, [1, N, D]; not StyleGAN2's modulated weight, [1, N, C, H, W]
-    embedded = p.ndim > 2 and p.shape[0] == 1 and not name.startswith("weight")
+    modulated = p.ndim > 4 and name.startswith("weight")
+    embedded = p.ndim > 2 and p.shape[0] == 1 and not modulated
     return sum(size != 1 for size in p.shape) >= 2 and not embedded and not _is_mask(p)
 
 
