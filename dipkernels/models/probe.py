@@ -80,23 +80,24 @@ def eager() -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def _kept_flags(model: nn.Module) -> Iterator[None]:
+def _kept_attributes(model: nn.Module) -> Iterator[None]:
     """What attributes of modules are bound to outside of buffers, restored: a codebook that says
     that it has seen its first batch would never start, were its buffer alone restored, and the
     length that a table was made for goes with the table. Not of a module inside which layers were
     made, or lazy ones got their shapes: it would make them again, or know other shapes."""
 
     def parts(module: nn.Module) -> list[object]:
-        own = list(module.parameters())
-        return [*module.modules(), *own, *map(nn.parameter.is_lazy, own)]
+        own: list[Any] = [*module._modules.values(), *module._parameters.values()]
+        return [*own, *map(nn.parameter.is_lazy, own)]
 
     before = [(module, parts(module), dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
-        for module, made_of, flags in before:
-            if list(map(id, parts(module))) == list(map(id, made_of)):
-                vars(module).update(flags)
+        made = {m for m, had, _ in before if list(map(id, parts(m))) != list(map(id, had))}
+        for module, _, attributes in before:
+            if not made or made.isdisjoint(module.modules()):
+                vars(module).update(attributes)
 
 
 @contextlib.contextmanager
@@ -120,7 +121,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     numpy_random = sys.modules.get("numpy.random")
     states = random.getstate(), numpy_random and numpy_random.get_state()
     with (
-        _kept_flags(model),
+        _kept_attributes(model),
         kept_modes(model),
         torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind),
     ):
