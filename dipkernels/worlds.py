@@ -88,6 +88,15 @@ def has_values(x: Tensor) -> bool:
     return not recording()
 
 
+def frees_what_was_saved(*tensors: Tensor) -> bool:
+    """Whether the backward pass at hand, on these, is the last one to read what was saved for it,
+    and nothing but torch looks on: its memory may be written over."""
+    if not all([has_values(t) and not batched(t) for t in tensors]):
+        return False
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return not (kept or torch._C._len_torch_dispatch_stack())
+
+
 def recording() -> bool:
     """Whether make_fx records this call."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

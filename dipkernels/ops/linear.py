@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -237,10 +238,13 @@ def _run(
 def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (x, weight, bias, sigma, seed), (draw, num_samples, activation, dtype) = tensors, how
     weight, bias = _cast(dtype, weight, bias)
-    run = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
+    run: Any = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
     how = (*draw[1:], num_samples, activation)
-    first = kept if run is torch.ops.dipkernels.linear_bwd.default else ()
-    return *run(dy, x, weight, bias, sigma, seed, *how, *first), None
+    if run is not torch.ops.dipkernels.linear_bwd.default:
+        kept = ()
+    elif kept[0] is not None and worlds.frees_what_was_saved(dy, x, weight):
+        run = partial(row_blocks.linear_bwd, over_first=True)
+    return *run(dy, x, weight, bias, sigma, seed, *how, *kept), None
 
 
 def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -231,6 +231,7 @@ def linear_bwd(
     num_samples: int,
     activation: str,
     first: Tensor | None = None,
+    over_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operation `linear_bwd`.
 
@@ -242,6 +243,8 @@ def linear_bwd(
     In float32 the first costs none. G = H + D^T z_0, and z_s - z_0 in H is 0 there: dW = D^T u_0 +
     H diag(factor sigma), dsigma_k = factor (sum_n W_nk H_nk + sum_m dx_mk z_0,mk). H is larger than
     G by up to the root of S, which 16 bits would feel.
+
+    over_first: D, which has the size of `first`, takes its memory, block by block.
     """
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
@@ -252,7 +255,10 @@ def linear_bwd(
     shifts = dtype.itemsize >= 4  # z_s - z_0 in place of z_s
     noise_sum = torch.zeros(weight.shape, dtype=sum_type, device=x.device)  # H, or else G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
-    sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
+    flat_first = None if first is None else flat_rows(first)
+    sums = flat_first if over_first else None  # D
+    if sums is None:
+        sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)
     for block in blocks:
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
         where, shift = (seed, row0 + block.start, col0), None
@@ -261,7 +267,7 @@ def linear_bwd(
             shift = _noise_of(blank, *where, samples[:1])[0].neg_()
         total = torch.zeros(len(rows), n, dtype=wide, device=x.device)
         for group in groups:
-            kept = None if first is None or group.start else flat_rows(first)[block]
+            kept = None if flat_first is None or group.start else flat_first[block]
             part = samples[group.start : group.stop]
             u = _noised(rows, scale, *where, part, factor, dtype)
             h = _pre_activations(u[kept is not None :], weight, bias, kept)
