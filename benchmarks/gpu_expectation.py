@@ -1,5 +1,5 @@
-"""What compiled code lets one expect of a GPU: arithmetic, nothing is measured.  --docs writes
-docs/measured_gpu_expectation.md.
+"""What compiled code lets one expect of a GPU: arithmetic, nothing is measured.  --docs writes the
+tables of docs/measured_gpu_expectation.md.
 
 SLOTS are what tests print: pytest -s -m "slow or not slow" -k slots tests/test_cuda_compile.py
 tests/test_triton_compiles.py tests/test_triton_expectation.py tests/test_triton_producers.py.
@@ -7,9 +7,10 @@ tests/test_triton_compiles.py tests/test_triton_expectation.py tests/test_triton
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "measured_gpu_expectation.md"
+from report import MEASURED, fill, table
+
+PAGE = MEASURED.with_name("measured_gpu_expectation.md")
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,6 @@ def sample_behind_activation(gpu: Gpu, n: int, k: int) -> tuple[float, float, fl
     return product(gpu, n, draws), blocks, calls
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 SIZE = 8192 * 8192
 LAYERS = (
     (8192, 8192, 8192),
@@ -159,6 +155,27 @@ def name_of(shape: tuple[int, ...]) -> str:
 
 def us(seconds_each: float) -> str:
     return f"{1e6 * SIZE * seconds_each:.0f} us"
+
+
+def slots_table() -> str:
+    rows = [
+        [NAMES[form], *(f"{SLOTS[form, kernel]:.1f}" for kernel in KERNELS)] for form in TRAFFIC
+    ]
+    return table(["pass", *(f"{kernel}, slots" for kernel in KERNELS)], rows)
+
+
+def rates_table() -> str:
+    rows = [
+        [
+            name,
+            f"{gpu.bytes / 1e12} TB/s",
+            f"{gpu.flops / 1e12:.0f} TFLOP/s",
+            f"{MULTIPROCESSORS} x 4 a cycle, {CLOCK / 1e9} GHz",
+            f"{1e6 * SIZE / gpu.issues:.2f} us",
+        ]
+        for name, gpu in GPUS.items()
+    ]
+    return table(["GPU", "copy", "product", "warp instructions", "a slot, 8192 x 8192"], rows)
 
 
 def passes_table() -> str:
@@ -230,126 +247,30 @@ def means_table() -> str:
     )
 
 
-def page() -> str:
-    counted = table(
-        ["pass", *(f"{kernel}, slots" for kernel in KERNELS)],
-        [[NAMES[form], *(f"{SLOTS[form, kernel]:.1f}" for kernel in KERNELS)] for form in TRAFFIC],
-    )
-    h100, h200 = GPUS["H100"], GPUS["H200"]
-    return f"""# GPU: expectation, not measured
-
-Nothing on this page was timed. It is arithmetic from the compiled code, written by
-`python benchmarks/gpu_expectation.py --docs`. `make gpu-check` measures ([GPU](gpu.md)). P adds the
-noise, Q is the gradient of sigma ([section 1](maths.md#1-the-projection-and-its-adjoint)).
-
-- **P** should take as long as a copy of the same tensor on an H100, and a little longer on an H200.
-- **A large layer** (8192 x 8192 x 8192) should take 1.03 to 1.04 times `nn.Linear`, forward and
-  backward.
-- **A layer behind a LayerNorm** (8192 x 4096 x 4096, H100) should take 1.02 times the plain two where the
-  norm draws the noise, 1.07 times where a pass of its own does.
-- **Small layers** are bound by the number of kernels: 8 instead of 4.
-
-## The passes
-
-A pass is bound by memory or by the issue of instructions. An issue slot is one instruction, other than
-NOP, of the inner loop. Slots per element are counted for sm_90 and bfloat16 by
-tests/test_cuda_compile.py (nvcc 13.0) and tests/test_triton_compiles.py (Triton 3.7.1), which allow two
-slots more or less. None of these passes spills registers. A few of Triton's do in odd sizes: P over images
-of 7 x 7, P and Q in one over 10 x 6, and LayerNorm's backward for K = 1000. CUDA's and Triton's kernels
-draw the same bits.
-
-{counted}
-
-Both GPUs issue {MULTIPROCESSORS} x 4 warp instructions in a cycle. At {CLOCK / 1e9} GHz one slot per
-element of an 8192 x 8192 matrix is {1e6 * SIZE / h100.issues:.2f} us. A copy is taken to move
-{h100.bytes / 1e12} TB/s (H100) and {h200.bytes / 1e12} TB/s (H200). The larger of the two bounds is
-expected, here for 8192 x 8192 in bfloat16. Memory bounds P on an H100, and P with Q on both. Issue
-bounds Q, which reads half as much, and P on an H200:
-
-{passes_table()}
-
-## The layer
-
-Forward and backward over nn.Linear, at {h100.flops / 1e12:.0f} (H100) and {h200.flops / 1e12:.0f} (H200)
-TFLOP/s. Launches and overlap are left out:
-
-{layers_table()}
-
-Small layers are bound by the number of kernels. nn.Linear has 4: three products, and the sum for the
-bias. P, product and Q add the draw of the seed, P, and two kernels of Q: 8. The fused form has 6: the
-draw of the seed, the forward product, dx with its partial sums, their sum, dweight, and the sum for the
-bias. If every kernel of 32x1024x1024 took the same time inside a CUDA graph, that would be 2.0 and 1.5
-times nn.Linear. The aim, 1.3, is not reached by this count. Outside of a graph the host's time for each
-launch decides; this page says nothing about it.
-
-Q's second kernel could be saved: the last block of each column of the grid would add the partial sums
-up (`one_launch` of csrc/launch.h: 7 kernels, 1.75). In its place come one ticket, read and written, and
-at most 25 loads for each thread. A grid with one row of blocks does so already; for the others it waits
-to be measured. [What the switches decide](gpu.md#what-the-switches-decide) says so of this and other
-choices, and why the draw of the seed stays a kernel of its own.
-
-## Sampling inside the product
-
-`registry.fuses` rests on this section. The fused form draws the noise inside the matrix product. It
-neither writes nor reads u, but it draws again for every tile of columns, in the forward and in the
-weight's product. Each kernel is taken to need, per element of x and with many rows, the longest of its
-memory traffic, its matrix product and its issue slots, as if these overlapped completely. The table has
-the time of the fused form over P, product and Q ("step" is forward and backward):
-
-{crossover_table()}
-
-Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. One tile pays, in the forward
-and in a step. Two tiles pay nowhere; one tile of 256 would. So `FUSED_COLUMNS = {TILE_N}`. A small
-product (`FUSED_WORK`) is fused because this saves two kernels. `make gpu-check` times both forms on both
-sides of these bounds.
-
-## The noise drawn where the input is made
-
-place="producer" in bfloat16: the slots of Triton's passes, counted by tests/test_triton_producers.py, and
-the time of forward and backward of f and a layer over f and nn.Linear, M x K x N. Plain f is taken to
-need the time of its memory traffic. "P behind f" has P and Q as passes of their own, by CUDA's kernels; in
-"f draws" f's own passes draw. Launches, overlap and special functions are left out. Plain gelu may be
-bound by issue itself, so its row may look worse than it is:
-
-{producers_table()}
-
-## Real samples behind an activation
-
-The forward of one sample with estimator="mean" in bfloat16, in picoseconds per element of x, in three
-forms:
-
-- fused: nothing of a sample passes through memory, but each tile of columns draws its noise
-- row blocks (dipkernels/ops/row_blocks.py): the draw, the vendor's product, the activation and the sum
-  are passes of their own
-- calls written out: they draw by randn_like and keep what backward needs
-
-{samples_table()}
-
-So row blocks run above `FUSED_MEAN_COLUMNS` columns, if the CUDA library is built. There the product
-dominates. Averaging then costs about as much time as the calls, and the memory of one.
-
-## The exact mean
-
-estimator="analytic" in bfloat16: the slots of Triton's two passes, counted by
-tests/test_triton_expectation.py, and the time of forward and backward over act(nn.Linear), M x K x N.
-The passes over the weight are counted, for the variance and its gradient. So is the gradient of the
-plain layer's bias, which a DIP layer sums in its pass over dy. Launches, overlap and what a program does
-before its loop are left out. The special functions, two for each element, take the time of 16 slots. The
-aim is 1.10.
-
-{means_table()}
-"""
+# By the mark of its place in the page.
+TABLES = {
+    "slots": slots_table,
+    "rates": rates_table,
+    "passes": passes_table,
+    "layers": layers_table,
+    "crossover": crossover_table,
+    "producers": producers_table,
+    "samples": samples_table,
+    "means": means_table,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--docs", action="store_true", help="write the page instead of printing it")
-    if parser.parse_args().docs:
-        PAGE.write_text(page())
-    else:
-        print(page(), end="")
+    parser.add_argument("--docs", action="store_true", help="write the tables into the page")
+    docs = parser.parse_args().docs
+    for name, make in TABLES.items():
+        if docs:
+            fill(PAGE, name, make())
+        else:
+            print(f"{name}\n\n{make()}\n")
 
 
 if __name__ == "__main__":

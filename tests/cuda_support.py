@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from program_support import find_tool, printed, ran
-from source_support import ROOT, module_at
+from source_support import ROOT
 
 SOURCE = ROOT / "csrc" / "cuda" / "perturb.cu"
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -22,7 +22,6 @@ FLAGS = (
     "-fmad=false",
     "--expt-relaxed-constexpr",
 )
-gpu_expectation = module_at("benchmarks/gpu_expectation.py")
 
 
 @dataclass(frozen=True)

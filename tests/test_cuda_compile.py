@@ -4,6 +4,7 @@ its issue slots."""
 import re
 
 import cuda_support
+import gpu_expectation
 import pytest
 import torch
 from program_support import PYTHON, find_tool, needs, printed
@@ -37,7 +38,7 @@ def test_cuda_rows_issue_slots(kernels, form, mode):
     print(f"{form}: {slots:.1f} issue slots per element")
     # More would be slower than docs/measured_gpu_expectation.md says; many fewer mean that the
     # wrong loop was read.
-    assert abs(slots - cuda_support.gpu_expectation.SLOTS[form, "CUDA"]) <= 2
+    assert abs(slots - gpu_expectation.SLOTS[form, "CUDA"]) <= 2
     assert loop["IMAD.WIDE.U32"] in range(36, 44)
 
 

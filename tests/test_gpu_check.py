@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import cuda_support
 import gpu_check_support as support
+import gpu_expectation
 import pytest
 import torch
 from program_support import PYTHON, printed, program_at, ran
@@ -637,12 +637,16 @@ def test_under_torch_a_sanitizer_runs_without_the_allocator_that_hides_an_overru
         assert "'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'" in call()["error"]
 
 
-def test_the_page_of_expectations_is_what_its_command_writes():
+def test_the_tables_of_expectations_are_what_their_command_writes():
     from dipkernels import backends
 
-    expectation = cuda_support.gpu_expectation
-    assert expectation.PAGE.read_text() == expectation.page()
-    assert expectation.TILE_N == backends.FUSED_COLUMNS
+    page = gpu_expectation.PAGE.read_text()
+    for name, make in gpu_expectation.TABLES.items():
+        assert f"<!-- {name}:begin -->\n\n{make()}\n\n<!-- {name}:end -->" in page
+    assert gpu_expectation.TILE_N == backends.FUSED_COLUMNS
+    assert f"`FUSED_COLUMNS = {backends.FUSED_COLUMNS}`" in page
     # Bound by memory on an H100, by nothing known on another GPU.
-    assert expectation.pass_seconds("NVIDIA H100 80GB HBM3", "P", "cuda", 2**26) == 2**28 / 3.0e12
-    assert expectation.pass_seconds("NVIDIA A100", "P", "cuda", 2**26) is None
+    assert (
+        gpu_expectation.pass_seconds("NVIDIA H100 80GB HBM3", "P", "cuda", 2**26) == 2**28 / 3.0e12
+    )
+    assert gpu_expectation.pass_seconds("NVIDIA A100", "P", "cuda", 2**26) is None

@@ -3,9 +3,9 @@ instruction counts."""
 
 import itertools
 
+import gpu_expectation
 import pytest
 import torch
-from cuda_support import gpu_expectation
 from layout_support import ALL, cases, fake_of, kinds_of
 from triton_support import SHARED_MEMORY, compile_launch, load_kernels, recorded_launches, triton
 

@@ -1,9 +1,9 @@
 """The launches of triton_kernels/expectation.py, compiled for GPUs that are not here: no spills,
 16-byte accesses."""
 
+import gpu_expectation
 import pytest
 import torch
-from cuda_support import gpu_expectation
 from test_triton_compiles import ARCHS, DTYPES, check, meta, slow_unless, wide
 from triton_support import compile_launch, load_kernels, recorded_launches
 
