@@ -1,6 +1,6 @@
 """The cost of averaging behind an activation here:
 
-    python benchmarks/averaging.py [--rows 4096] [--rounds 9] [--docs]
+    python benchmarks/averaging.py [--rounds 9] [--docs]
 
 "analytic" over act(nn.Linear); and "mean" of 2 and 8 draws against the loop over them that a user
 writes. Interleaved, round by round, in one process: the median of the per-round ratios and its
@@ -24,7 +24,7 @@ from dipkernels import functional
 from dipkernels.ops.activations import ACTIVATIONS
 
 Call = Callable[[], Tensor]
-SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
+SEED, S, M, K, N = torch.tensor([5, 1]), 8, 4096, 1024, 1024
 # Rows x K x N and draws where the products take nearly all of the time: "mean" alone, of GELU.
 WIDE = [(2048, 768, 3072, 2), (2048, 768, 3072, S), (1024, 4096, 4096, 2), (1024, 4096, 4096, S)]
 
@@ -106,7 +106,6 @@ def measure(
 
 def main(arguments: list[str] | None = None) -> tuple[list, list]:
     parser = report.command_line(__doc__, "averaging")
-    parser.add_argument("--rows", type=int, default=4096, help="M (4096)")
     parser.add_argument("--rounds", type=report.at_least(2), default=9, help="at least 2 (9)")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
@@ -116,8 +115,9 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     )
     parser.add_argument("--skip", choices=("analytic", "mean"), help="leave one of the two out")
     args = parser.parse_args(arguments)
+    rows_each = 16 if args.quick else M
     if args.quick:
-        args.rows, args.rounds = 16, 2
+        args.rounds = 2
     chosen = {name: ACTIVATIONS[name] for name in args.activations}
     part = args.skip or len(chosen) < len(ACTIVATIONS) or len(args.dtypes) < 2
     report.refuse_part(parser, args, part or args.rounds < 5)
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     torch.manual_seed(0)
     found, start = machine.describe("cpu"), time.perf_counter()
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    rows = measure(args.rows, K, N, S, chosen, args.rounds, dtypes, args.skip)
+    rows = measure(rows_each, K, N, S, chosen, args.rounds, dtypes, args.skip)
     gelu = {"gelu": ACTIVATIONS["gelu"]}
     for shape in () if args.quick or args.skip == "mean" else WIDE:
         rows[1].extend(measure(*shape, gelu, args.rounds, dtypes, "analytic")[1])
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
         [
             f"Sigma 0.1. {machine.sentence(found)}. `python "
             f"benchmarks/averaging.py`, {args.rounds} rounds, {took:.0f} s.",
-            f'"analytic", {args.rows} x {K} x {N}: time over act(nn.Linear).',
+            f'"analytic", {rows_each} x {K} x {N}: time over act(nn.Linear).',
             report.table(["", "activation", "forward", "forward + backward"], rows[0]),
             '"mean": time of the loop over S draws over its time; and bytes, kept for backward and '
             "at the peak, over those of act(DIPLinear) with one draw.",

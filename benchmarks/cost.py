@@ -38,6 +38,7 @@ sys.path += [str(machine.ROOT / name) for name in ("examples", "studies")]
 from digits import BATCH, load
 from vision_setup import pgd
 
+SEEDS = 3
 TRAJECTORIES, QUICK_TRAJECTORIES = (1, 2, 4, 8), (1, 4)
 SAMPLES, QUICK_SAMPLES = (0, 1, 4, 16, 50), (0, 4)
 PREDICT_M = 4  # the training whose network predicts with k samples
@@ -424,8 +425,6 @@ def _plot_bought(axis: Any, record: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = report.command_line(__doc__, "cost")
-    parser.add_argument("--seeds", type=report.at_least(1), default=3, help="number of seeds (3)")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
         "--from", dest="source", type=report.stored_run, help="report a run instead of measuring"
     )
@@ -436,14 +435,14 @@ def main(arguments: list[str] | None = None) -> dict:
     else:
         torch.set_num_threads(args.threads)
         start = time.perf_counter()
-        seeds = 1 if args.quick else args.seeds
+        seeds = 1 if args.quick else SEEDS
         record = {
             "machine": machine.describe("cpu"),
             "seeds": seeds,
             "quick": args.quick,
             "studies": [],
         }
-        with tqdm(unit="step", dynamic_ncols=True, disable=args.no_progress) as bar:
+        with tqdm(unit="step", dynamic_ncols=True) as bar:
             for study in STUDIES:
                 record["studies"].append(study_record(study, seeds, args.quick, bar))
         record["seconds"] = time.perf_counter() - start

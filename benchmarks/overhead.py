@@ -71,10 +71,10 @@ def text_of(shape: tuple[int, ...]) -> str:
 class Run:
     """The device, the limits of a case, and the rows so far."""
 
-    def __init__(self, device: torch.device, quick: bool, budget_s: float) -> None:
+    def __init__(self, device: torch.device, quick: bool) -> None:
         self.device, self.quick = device, quick
         self.has_targets = device.type == "cpu" and torch.get_num_threads() == 2 and not quick
-        self.budget_s = 0.02 if quick else budget_s
+        self.budget_s = 0.02 if quick else 5.0  # of timing for each of a case's parts
         self.rounds = (2, 2) if quick else (9, 60)
         self.rows: list[dict] = []
         self.missing: dict[str, str] = {}
@@ -471,10 +471,10 @@ def shape_of(argument: str) -> tuple[int, int, int]:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    device = torch.device(args.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    run = Run(device, args.quick, args.budget)
+    run = Run(device, args.quick)
     default = QUICK_SHAPES if args.quick else CUDA_SHAPES if device.type == "cuda" else SHAPES
     shapes = args.shapes or default
     dtypes = [getattr(torch, name) for name in args.dtypes]
@@ -494,9 +494,7 @@ def measure(args: argparse.Namespace) -> dict:
     work.append((f"S = {SAMPLES}", lambda: samples_case(run, dtypes[0], shapes[0])))
     for dtype in dtypes:
         work.append((f"small {name_of(dtype)}", lambda d=dtype: small_case(run, d, SMALL)))
-    with tqdm(
-        total=len(work) + 1, unit="case", dynamic_ncols=True, disable=args.no_progress
-    ) as bar:
+    with tqdm(total=len(work) + 1, unit="case", dynamic_ncols=True) as bar:
         bar.set_description("copy and matrix product")
         side = 128 if args.quick else 8192 if device.type == "cuda" else 2048
         moved = 1 << 20 if args.quick else 1 << 30 if device.type == "cuda" else 1 << 28
@@ -517,19 +515,9 @@ def measure(args: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = report.command_line(__doc__, "overhead", "<device>")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
     parser.add_argument("--shapes", nargs="+", type=shape_of, help="layers, each MxKxN")
     dtypes = ("float32", "bfloat16", "float16", "float64")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
-    parser.add_argument(
-        "--budget",
-        type=report.at_least(0.01),
-        default=5.0,
-        help="seconds of timing for each of a case's parts (5)",
-    )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
         "--from", dest="source", type=report.stored_run, help="report a run instead of measuring"
     )

@@ -17,7 +17,7 @@ import peers
 import report
 import timing
 import torch
-from overhead import shape_of
+from overhead import SMALL, text_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +29,7 @@ from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import perturb, perturb_bwd
 
 DRAW = Draw(log_variance=True)
+BUDGET_S = 10.0  # of timing for each of three parts
 
 
 class _Pass(torch.autograd.Function):
@@ -120,16 +121,14 @@ def parts(
     }
 
 
-def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, budget_s: float, quick: bool
-) -> tuple[list[list], list[list]]:
+def measure(quick: bool) -> tuple[list[list], list[list]]:
     """Rows of the breakdown, and of whole layers: text, and the figure in microseconds."""
     device = torch.device("cpu")
-    plain, x, dy = peers.inputs_of(shape, dtype, device)
+    plain, x, dy = peers.inputs_of(SMALL, torch.float32, device)
     modules = {name: peers.build(name, plain) for name in ("linear", "dip", "floor", "eager")}
     for name, module in modules.items():
         peers.check_linear(name, module, plain, x, dy)
-    limits = {"budget_s": budget_s, "rounds": (15, 400)}
+    limits = {"budget_s": BUDGET_S, "rounds": (15, 400)}
     if quick:
         limits = {"budget_s": 0.01, "rounds": (2, 2), "at_least_s": 1e-5}
 
@@ -164,19 +163,10 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> list[list]:
-    parser = report.command_line(__doc__, "small-layer")
-    parser.add_argument("--shape", type=shape_of, default=(32, 128, 128), help="MxKxN (32x128x128)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument(
-        "--budget",
-        type=report.at_least(0.01),
-        default=10.0,
-        help="seconds of timing for each of three parts (10)",
-    )
-    args = parser.parse_args(arguments)
+    args = report.command_line(__doc__, "small-layer").parse_args(arguments)
     torch.set_num_threads(args.threads)
     found = machine.describe("cpu")
-    rows, wholes = measure(args.shape, getattr(torch, args.dtype), args.budget, args.quick)
+    rows, wholes = measure(args.quick)
     sums = {
         which: sum(row[2] for row in rows if row[1] == which) for which in ("forward", "backward")
     }
@@ -188,7 +178,7 @@ def main(arguments: list[str] | None = None) -> list[list]:
     ]
     text = "\n\n".join(
         [
-            f"DIPLinear {args.dtype} {'x'.join(map(str, args.shape))}. {machine.sentence(found)}."
+            f"DIPLinear float32 {text_of(SMALL)}. {machine.sentence(found)}."
             " `python benchmarks/profile_small_layer.py`",
             report.table(
                 ["layer", "", "us", "over nn.Linear, us", "quartiles"],

@@ -78,8 +78,8 @@ def between(runs: list[dict]) -> dict:
     }
 
 
-def summarise(runs: list[dict], release: str) -> dict:
-    """One record of runs on one kind of machine.
+def summarise(runs: list[dict]) -> dict:
+    """One record of runs on one kind of machine, of this release.
 
     Raises:
         ValueError: a quick run or a rehearsal, whose figures mean nothing; machines of several
@@ -102,7 +102,7 @@ def summarise(runs: list[dict], release: str) -> dict:
     for run in sorted(runs, key=lambda run: run["machine"]["date"]):
         by_program.setdefault(run["program"], []).append(run)
     record: dict = {
-        "release": release,
+        "release": dip.__version__,
         "kind": kinds.pop(),
         "command": "python benchmarks/summary.py",
     }
@@ -120,7 +120,6 @@ def main(arguments: list[str] | None = None) -> Path:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="stored runs, of one kind of machine")
-    parser.add_argument("--release", default=dip.__version__, help="(%(default)s)")
     parser.add_argument(
         "--out", type=Path, help="where to write (benchmarks/results/<kind>-<release>.json)"
     )
@@ -129,7 +128,7 @@ def main(arguments: list[str] | None = None) -> Path:
         if not path.is_file():
             parser.error(f"runs: expected a stored run, found no file {path}")
     try:
-        record = summarise([json.loads(path.read_text()) for path in args.runs], args.release)
+        record = summarise([json.loads(path.read_text()) for path in args.runs])
     except ValueError as error:
         parser.error(f"runs: {error}")
     path = args.out or report.RECORDS / f"{record['kind']}-{record['release']}.json"

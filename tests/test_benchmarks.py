@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 def run_quick(tmp_path, *options):
     out = tmp_path / "run.json"
-    given = ["--quick", "--threads=1", "--no-progress", "--dtypes", "float32", "--out"]
+    given = ["--quick", "--threads=1", "--dtypes", "float32", "--out"]
     return out, overhead.main([*given, str(out), *options])
 
 
@@ -129,7 +129,7 @@ def test_overhead_lists_a_missing_peer(monkeypatch):
     monkeypatch.setitem(sys.modules, "bayesian_torch.layers", None)
     missing = peers.build("flipout", torch.nn.Linear(8, 8))
     assert isinstance(missing, peers.Missing) and "pip install" in missing.reason
-    run = overhead.Run(torch.device("cpu"), True, 0.1)
+    run = overhead.Run(torch.device("cpu"), True)
     monkeypatch.setattr(overhead, "LAYERS", ("linear", "dip", "flipout"))
     overhead.linear_case(run, torch.float32, (8, 8, 8))
     assert [row["missing"] for row in run.rows if row["variant"] == "flipout"] == [
@@ -431,13 +431,13 @@ def test_a_machine_is_told_by_what_torch_uses_of_it(best, flags, expected, monke
 def test_records_refuse_what_means_nothing(quick):
     _, record = quick
     with pytest.raises(ValueError, match="expected full runs"):
-        summary.summarise([record], "1.0")
+        summary.summarise([record])
     full = [
         record | {"quick": False, "machine": record["machine"] | {"cpu": cpu}}
         for cpu in ("AMD EPYC", "Intel Xeon")
     ]
     with pytest.raises(ValueError, match="one kind of machine, got amd, intel"):
-        summary.summarise(full, "1.0")
+        summary.summarise(full)
     with pytest.raises(ValueError, match="expected a processor of amd, intel, arm"):
         machine.kind_of({"cpu": "abacus"})
     names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA GeForce RTX 4090": "rtx4090"}
@@ -447,14 +447,14 @@ def test_records_refuse_what_means_nothing(quick):
     told["variants"] = {"copy": {"seconds": 1.23456789}}
     here = {"gpu": "H100", "date": "1", "cpu": ""}
     run = {"program": "gpu_check", "machine": here, "sections": {"perturb": {"rows": [told]}}}
-    (row,) = summary.summarise([run], "1.0")["gpu_check"]["sections"]["perturb"]["rows"]
+    (row,) = summary.summarise([run])["gpu_check"]["sections"]["perturb"]["rows"]
     assert row == {"name": "P", "variants": {"copy": {"seconds": 1.23457}}}
 
 
 @pytest.mark.slow
 def test_cost_study_runs(tmp_path):
     out = tmp_path / "cost.json"
-    record = cost.main(["--quick", "--threads=1", "--no-progress", "--out", str(out)])
+    record = cost.main(["--quick", "--threads=1", "--out", str(out)])
     for name in ("training", "prediction", "buys"):
         assert (tmp_path / f"cost_{name}.svg").stat().st_size > 1000
     for study in record["studies"]:
@@ -479,11 +479,11 @@ def test_profile_of_a_small_layer_runs(tmp_path, capsys):
 def test_averaging_is_timed(tmp_path, monkeypatch):
     few = {name: averaging.ACTIVATIONS[name] for name in ("relu", "gelu")}
     monkeypatch.setattr(averaging, "ACTIVATIONS", few)
-    monkeypatch.setattr(averaging, "K", 64)
-    monkeypatch.setattr(averaging, "N", 64)
+    for size, value in (("M", 8), ("K", 64), ("N", 64)):
+        monkeypatch.setattr(averaging, size, value)
     monkeypatch.setattr(averaging, "WIDE", [(16, 32, 128, 2)])
     out = tmp_path / "averaging.json"
-    options = ["--rows", "8", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--out"]
+    options = ["--rounds", "2", "--threads", "1", "--dtypes", "float32", "--out"]
     analytic, mean = averaging.main([*options, str(out)])
     stored = json.loads(out.read_text())
     assert stored["program"] == "averaging" and stored["mean"] == mean
