@@ -158,8 +158,11 @@ C_SOURCES := $(shell find csrc tests tools -name '*.h' -o -name '*.cpp' -o -name
 sanitize battery mutants ptx-mutants: setup
 	$(PY) tools/verify/$(subst -,_,$@).py
 
-long-tests soak: setup
-	OMP_NUM_THREADS=1 $(PY) tools/verify/$(subst -,_,$@).py
+soak: setup
+	OMP_NUM_THREADS=1 $(PY) tools/verify/soak.py
+
+long-tests: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(addprefix tests/test_,properties.py fuzz.py fuzz_examples.py lifecycle.py cluster_example.py)
 
 # docs/models.md has its table.
 sweep: setup

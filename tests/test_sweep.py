@@ -49,6 +49,7 @@ def test_what_is_broken_is_a_fault(monkeypatch, kind, name, broken, words):
 
 def test_a_crash_and_a_hang_are_rows_and_the_next_run_goes_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sweep, "ROWS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(sweep, "SECONDS", 1)
 
     def examine(kind):
         if kind == "crash":
@@ -60,9 +61,9 @@ def test_a_crash_and_a_hang_are_rows_and_the_next_run_goes_on(monkeypatch, tmp_p
 
     monkeypatch.setattr(sweep, "examine", examine)
     kinds = ["sound", "crash", "hang"]
-    sweep.sweep(kinds, jobs=2, minutes=0, seconds=1, commit="c")
+    sweep.sweep(kinds, jobs=2, minutes=0, commit="c")
     assert "3 left for the next run" in capsys.readouterr().out
-    sweep.sweep(kinds, jobs=2, minutes=1, seconds=1, commit="c")
+    sweep.sweep(kinds, jobs=2, minutes=1, commit="c")
     rows = sweep.load()
     assert rows["crash"]["status"] == "not built" and "ended with -6" in rows["crash"]["why"]
     assert (rows["hang"]["status"], rows["hang"]["faults"]) == ("fault", ["out of time"])

@@ -41,6 +41,7 @@ PYTHON = sys.executable
 SEED = 0
 LINES_EACH = 120  # of a file, for one fault
 LEAST, MOST = 1, 6  # faults of a file
+TIMEOUT = 300.0  # seconds of processor time for one test file
 KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not build"
 
 
@@ -362,8 +363,8 @@ def report(chosen: list[Drawn], state: dict, seed: int) -> str:
 class Runner:
     """Faults, one after another, in one copy of the tree."""
 
-    def __init__(self, copy: Copy, timeout: float) -> None:
-        self.copy, self.timeout = copy, timeout
+    def __init__(self, copy: Copy) -> None:
+        self.copy = copy
         self.state: dict = {}  # of this run
         self.stale = False  # whether the library is still that of a fault
         self.commit = tree()
@@ -380,7 +381,7 @@ class Runner:
                     found, why = INVALID, problem[-300:]
             for name in drawn.tests:
                 if found == SURVIVED:
-                    found, why = self.copy.test([name], self.timeout)
+                    found, why = self.copy.test([name], TIMEOUT)
         finally:
             path.write_text(before, encoding="utf-8")
         self.state[drawn.key] = {
@@ -403,7 +404,7 @@ class Runner:
             if row["status"] == KILLED and "::" in row["why"]
         }
         while killers:
-            found, why = self.copy.test(sorted(killers), 10 * self.timeout)
+            found, why = self.copy.test(sorted(killers), 10 * TIMEOUT)
             if found == SURVIVED:
                 break
             print(f"fails unbroken too: {why}")
@@ -424,7 +425,7 @@ def run(drawn: dict[str, list[Drawn]], args: argparse.Namespace) -> None:
         d.key: i for listed in drawn.values() for i, d in enumerate(listed)
     }  # of every file the first one first
     with tempfile.TemporaryDirectory(prefix="mutants") as temporary:
-        runner = Runner(Copy(args.folder or Path(temporary)), args.timeout)
+        runner = Runner(Copy(Path(temporary)))
         if problem := runner.copy.build():
             raise SystemExit(f"the unchanged copy does not build:\n{problem}")
         while True:
@@ -432,13 +433,8 @@ def run(drawn: dict[str, list[Drawn]], args: argparse.Namespace) -> None:
             todo = [
                 d
                 for d in wanted(runner.copy.folder, drawn, state, args.lines_each)
-                if status(d, state) is None
-                or (
-                    (args.again or status(d, state) in ("error", SURVIVED))
-                    and status(d, state) != EQUIVALENT
-                )
+                if status(d, state) in (None, "error", SURVIVED) and d.key not in again
             ]
-            todo = [d for d in todo if d.key not in again]
             if not todo or time.monotonic() - start > 60 * args.minutes:
                 if todo:
                     print(f"{len(todo)} left for the next run")
@@ -461,20 +457,12 @@ def main() -> int:
     add = parser.add_argument
     add("--minutes", type=float, default=1e9, help="stop after this long; the next run goes on")
     add("--only", default="", help="part of a file's path")
-    add("--again", action="store_true", help="also those that were killed before")
     add("--seed", type=int, default=SEED, help="draws other faults (%(default)s)")
     add(
         "--lines-each",
         type=int,
         default=LINES_EACH,
         help="lines of a file for one fault (%(default)s)",
-    )
-    add("--folder", type=Path, help="an empty folder for the copy (a temporary one)")
-    add(
-        "--timeout",
-        type=float,
-        default=300,
-        help="seconds of processor time for one test file (%(default)s)",
     )
     add(
         "--list",

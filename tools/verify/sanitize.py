@@ -36,6 +36,7 @@ KINDS = {
     ],
     "thread": ["-O1", "-g", "-fsanitize=thread", "-DDIP_SANITIZED"],
 }
+THREADS = 4  # of the driver's own
 TESTS = (
     "tests/test_perturb.py",
     "tests/test_noise.py",
@@ -143,8 +144,6 @@ def main() -> int:
         "--cases", type=int, default=20000, help="random cases under each sanitizer (20000)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the cases (1)")
-    parser.add_argument("--threads", type=int, default=4, help="of the driver's own (4)")
-    parser.add_argument("--no-python", action="store_true", help="leave out the tests in Python")
     args = parser.parse_args()
     folder = ROOT / "build" / "sanitize"
     what = {
@@ -157,19 +156,15 @@ def main() -> int:
         program = build(kind, folder)
         for mode, cases in (("run", args.cases), ("fail", args.cases // 10)):
             start = time.monotonic()
-            counted = run(program, cases, args.seed, args.threads, mode)
+            counted = run(program, cases, args.seed, THREADS, mode)
             failing = ", an allocation failing" if mode == "fail" else ""
             lines.append(f"| {name}{failing} | {counted} | nothing |")
             print(f"{name}{failing}: {counted}, {time.monotonic() - start:.0f} s", flush=True)
-    if not args.no_python:
-        last = in_python()
-        print(last)
-        lines.append(
-            f"| AddressSanitizer, UndefinedBehaviorSanitizer, in Python: {', '.join(TESTS)} | "
-            f"{last} | nothing |"
-        )
+    last = in_python()
+    print(last)
+    lines.append(f"| {what['address']}, in Python: {', '.join(TESTS)} | {last} | nothing |")
     if args.record:
-        record("sanitize", f"Seed {args.seed}, {args.threads} threads.\n\n" + "\n".join(lines))
+        record("sanitize", f"Seed {args.seed}, {THREADS} threads.\n\n" + "\n".join(lines))
     return 0
 
 

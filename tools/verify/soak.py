@@ -41,9 +41,8 @@ def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--calls", type=int, default=2_000_000, help="of a layer (2,000,000)")
     parser.add_argument("--minutes", type=float, help="instead of a number of calls: this long")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = dip.convert(
         torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -82,7 +81,7 @@ def main() -> int:
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     text = (
         f"{calls:,} forward passes of a layer, {steps:,} training steps among them, in "
-        f"{seconds / 60:.1f} minutes on {args.threads} thread(s): memory "
+        f"{seconds / 60:.1f} minutes on 1 thread(s): memory "
         f"{samples[0][1] / 2**20:.1f} MiB at the first of {len(samples)} samples, "
         f"{samples[-1][1] / 2**20:.1f} MiB at the last; {growth / 2**10:+.0f} KiB over the last "
         f"half, {slope(samples):+.4f} bytes a call by least squares. The same key gave the same "

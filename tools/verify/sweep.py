@@ -38,6 +38,7 @@ ROWS = ROOT / "out" / "sweep.jsonl"
 PLACES = ("input", "producer")
 GOOD = ("passed", "not built", "refused")
 REFUSED = "convert refuses it"
+SECONDS = 45  # for one type
 
 # ---- checks --------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ def load() -> dict[str, dict[str, Any]]:
     return {row["type"]: row for row in map(json.loads, lines)}
 
 
-def start(kind: str, seconds: int) -> tuple[int, IO[str]]:
+def start(kind: str) -> tuple[int, IO[str]]:
     """Examine a type in a fork: its process, and the file that will hold its rows."""
     out = tempfile.TemporaryFile("w+")  # noqa: SIM115
     child = os.fork()
@@ -158,7 +159,7 @@ def start(kind: str, seconds: int) -> tuple[int, IO[str]]:
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
-            signal.alarm(seconds)
+            signal.alarm(SECONDS)
             for row in examine(kind):
                 print(json.dumps(row), file=out, flush=True)
             code = 0
@@ -179,14 +180,14 @@ def finish(kind: str, out: IO[str], status: int) -> dict[str, Any]:
     return {"type": kind, **row}
 
 
-def sweep(kinds: list[str], jobs: int, minutes: float, seconds: int, commit: str) -> None:
+def sweep(kinds: list[str], jobs: int, minutes: float, commit: str) -> None:
     """Until every type is done, or the time is."""
     end = time.monotonic() + 60 * minutes
     todo, running = kinds[::-1], {}
     while running or todo:
         while todo and len(running) < jobs and time.monotonic() < end:
             kind = todo.pop()
-            child, out = start(kind, seconds)
+            child, out = start(kind)
             running[child] = kind, out
         if not running:
             print(f"{len(todo)} left for the next run")
@@ -223,7 +224,6 @@ def main() -> int:
     add("--only", default="", help="part of a type's name")
     add("--jobs", type=int, default=2, help="processes (%(default)s)")
     add("--minutes", type=float, default=1e9, help="stop after this long; the next run goes on")
-    add("--seconds", type=int, default=45, help="for one type (%(default)s)")
     args = parser.parse_args()
     kinds = [k for k in sorted(CONFIG_MAPPING_NAMES) if args.only in k and classes(k)]
     if not kinds:
@@ -234,7 +234,7 @@ def main() -> int:
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         todo = [k for k in kinds if rows.get(k, {}).get("commit") != commit]
-        sweep(todo, args.jobs, args.minutes, args.seconds, commit)
+        sweep(todo, args.jobs, args.minutes, commit)
         rows = load()
     text = report(kinds, rows)
     print(text)
