@@ -3,7 +3,6 @@ six baselines.
 
     python studies/arithmetic.py  both stages, about half an hour; goes on where it was stopped
     python studies/arithmetic.py --stages LoRA  one of them (the other may run in another process)
-    python studies/arithmetic.py --parts report  tables and figures from the stored results
     python studies/arithmetic.py --figures  figures alone, from docs/results/arithmetic.json
     python studies/arithmetic.py --quick  does it run? into out/arithmetic
 
@@ -29,7 +28,6 @@ from pathlib import Path
 import arithmetic_setup as task
 import results_page
 import torch
-from parts import count
 from peft import LoraConfig, get_peft_model
 from results_page import (
     FOLDER,
@@ -40,15 +38,15 @@ from results_page import (
     draw_curve,
     environment_line,
     figures,
-    run_parts,
+    run,
     search_table,
     set_up,
     sigmas,
     summarise,
     table,
     time_ratio,
-    write_table,
 )
+from tables import report
 from torch import Tensor, nn
 from vision_methods import GaussianDropout
 
@@ -64,8 +62,9 @@ METHODS = (
     "DIP",
 )
 STAGES = ("scratch", "LoRA")
-PARTS = ("tune", "main", "report")
+SEEDS = 3
 DIM, DEPTH, BATCH = 256, 4, 64
+NUM_TESTED = 200  # problems of each length
 LEARNING_RATES = {
     "scratch": (1e-3, 2e-3),
     "LoRA": (6e-3, 1.2e-2),
@@ -186,14 +185,12 @@ class Study(results_page.Study):
     def __init__(self, stage: str, args: argparse.Namespace) -> None:
         search = {"plain": [{"lr": rate} for rate in LEARNING_RATES[stage]]} | SEARCH
         folder = args.out / f"arithmetic_{stage.lower()}"
-        seeds = range(1 if args.quick else args.seeds)
+        seeds = range(1 if args.quick else SEEDS)
         super().__init__(stage, folder, args.quick, search, (VALIDATION_SEED,), seeds)
         self.args = args
-        self.size = (
-            {"dim": 32, "depth": 1} if args.quick else {"dim": args.dim, "depth": args.depth}
-        )
+        self.size = {"dim": 32, "depth": 1} if args.quick else {"dim": DIM, "depth": DEPTH}
         self.steps = 2 if args.quick else STEPS[stage]
-        self.num_tested = 10 if args.quick else args.tested
+        self.num_tested = 10 if args.quick else NUM_TESTED
 
     def data(self, seed: int, steps: int) -> list[dict]:
         """One epoch of the stage; more steps than it has go through new problems."""
@@ -213,7 +210,7 @@ class Study(results_page.Study):
         scratch = Study("scratch", self.args)
         config = scratch.config("plain", {"lr": LEARNING_RATES["scratch"][0]}, seed, "test")
         name = f"base_{config['dim']}x{config['depth']}_{config['steps']}_{seed}.pt"
-        path = self.args.models / name
+        path = self.args.out / name
         if not path.exists():
             model = build(config, None)
             train(model, config, scratch.data(seed, config["steps"]))
@@ -261,9 +258,8 @@ class Study(results_page.Study):
         for method in METHODS:
             self.test(method)
 
-    def num_runs(self, parts: list[str]) -> int:
-        tests = len(METHODS) * len(self.seeds)
-        return self.num_tune() * ("tune" in parts) + tests * ("main" in parts)
+    def __len__(self) -> int:
+        return self.num_tune() + len(METHODS) * len(self.seeds)
 
 
 def overall(result: dict) -> float:
@@ -324,40 +320,29 @@ def plots(folder: Path) -> None:
             figures.save(fig, folder / f"arithmetic_{stage.lower()}.svg")
 
 
-def report(studies: list[Study], page: Path, out: Path) -> None:
-    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is
-    said."""
+def write(studies: list[Study], page: Path, out: Path) -> None:
+    """Tables, figures and summary."""
     stores = {study.name: study.store for study in studies}
-    for store in stores.values():
-        store.makes = False
-    whole = [
-        write_table(page, f"arithmetic-{study.name.lower()}", lambda study=study: main_table(study))
-        for study in studies
-    ]
+    for study in studies:
+        report.fill(page, f"arithmetic-{study.name.lower()}", main_table(study))
     if set(stores) == set(STAGES):
         head = ["stage", "method", "setting: mean exact match on validation problems"]
-        write_table(page, "arithmetic-search", lambda: search_table(head, stores))
-        if all(whole):
-            summarise(stores.values(), out / "arithmetic.json")
-            plots(out)
+        report.fill(page, "arithmetic-search", search_table(head, stores))
+        summarise(stores.values(), out / "arithmetic.json")
+        plots(out)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_line(__doc__, "arithmetic", PARTS, "one seed, a tiny model, few steps")
-    add = parser.add_argument
-    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages (both)")
-    add("--seeds", type=count, default=3, help="number of seeds (3)")
-    add("--dim", type=count, default=DIM, help=f"width of the Llama ({DIM})")
-    add("--depth", type=count, default=DEPTH, help=f"layers of the Llama ({DEPTH})")
-    add("--tested", type=count, default=200, help="problems of each length to test on (200)")
-    add("--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models")
+    parser = command_line(__doc__, "arithmetic", "one seed, a tiny model, few steps")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages (both)"
+    )
     args = parser.parse_args(arguments)
     if args.figures:
         plots(FOLDER)
         return
-    args.models = args.out if args.quick else args.models
     set_up(args)
-    run_parts([Study(stage, args) for stage in args.stages], PARTS, args, report)
+    run([Study(stage, args) for stage in args.stages], args, write)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from parts import count, name_of, save
-from tables import figures, machine, report, timing
+from parts import name_of, save
+from tables import figures, machine, timing
 from torch import nn
 from tqdm import tqdm
 
@@ -26,12 +26,10 @@ PAGE = ROOT / "docs" / "results.md"
 FOLDER = ROOT / "docs" / "results"
 
 
-def command_line(doc: str, name: str, steps: Sequence[str], quick: str) -> argparse.ArgumentParser:
-    """The options that the studies of the page share; steps: what --parts may name."""
+def command_line(doc: str, name: str, quick: str) -> argparse.ArgumentParser:
+    """The options that the studies of the page share."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     add = parser.add_argument
-    add("--parts", nargs="+", choices=steps, default=list(steps), help="what to do (everything)")
-    add("--threads", type=count, default=1, help="of torch; the networks are small (1)")
     add("--out", type=Path, default=Path("out") / name, help=f"folder of the runs (out/{name})")
     add("--page", type=Path, help="page of the tables (docs/results.md; in --out if quick)")
     add("--quick", action="store_true", help=f"{quick}: does it run? writes into --out alone")
@@ -40,35 +38,28 @@ def command_line(doc: str, name: str, steps: Sequence[str], quick: str) -> argpa
 
 
 def set_up(args: argparse.Namespace) -> None:
-    """The page, the folder and the threads that the options ask for."""
+    """The page and the folder that the options ask for."""
     args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.page.exists():
         shutil.copyfile(PAGE, args.page)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # the networks are small
 
 
-def run_parts(
+def run(
     studies: Sequence[Study],
-    steps: Sequence[str],
     args: argparse.Namespace,
-    report: Callable[[Sequence[Study], Path, Path], None],
+    write: Callable[[Sequence[Study], Path, Path], None],
 ) -> None:
-    """study.STEP() for each that --parts names; then the report, into the page and its folder."""
-    total = sum(study.num_runs(args.parts) for study in studies)
-    with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
+    """Every run that is not stored yet; then write(studies, page, folder) the report."""
+    with tqdm(total=sum(map(len, studies)), unit="run", dynamic_ncols=True) as bar:
         for study in studies:
             study.bar = bar
-            for step in (step for step in steps if step in args.parts and step != "report"):
-                try:
-                    getattr(study, step)()
-                except NotStored as error:
-                    raise SystemExit(str(error)) from None
+            study.run()
             study.bar = tqdm(disable=True)
-    if "report" in args.parts:
-        folder = FOLDER if args.page == PAGE else args.out
-        report(studies, args.page, folder)
-        print(f"wrote {args.page} and {folder}")
+    folder = FOLDER if args.page == PAGE else args.out
+    write(studies, args.page, folder)
+    print(f"wrote {args.page} and {folder}")
 
 
 def setting_text(setting: dict[str, float]) -> str:
@@ -109,7 +100,7 @@ def search_table(head: Sequence[str], stores: dict[str, Store], mark: str = "") 
     """Every setting with its score, of each store and method a row; mark: around the best one's."""
     rows = []
     for name, store in stores.items():
-        for method, trials in sorted(store.values.get("search", {}).items()):
+        for method, trials in sorted(store.values["search"].items()):
             best = max(score for score, _ in trials)
             marks = [mark if score == best else "" for score, _ in trials]
             cells = (
@@ -117,7 +108,7 @@ def search_table(head: Sequence[str], stores: dict[str, Store], mark: str = "") 
                 for each, (score, setting) in zip(marks, trials)
             )
             rows.append([name, method, "; ".join(cells)])
-    return table(head, rows) if rows else ""
+    return table(head, rows)
 
 
 def sigmas(model: nn.Module) -> dict[str, list[float]]:
@@ -146,24 +137,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def write_table(page: Path, marker: str, make: Callable[[], str]) -> bool:
-    """Write make()'s text into the section; where a run is missing, a line that says so. Returns
-    whether it is whole."""
-    try:
-        text = make()
-    except NotStored:
-        text = ""
-    report.fill(page, marker, text or NOT_RUN)
-    return bool(text)
-
-
-class NotStored(RuntimeError):
-    """A report wants a run that has not been made yet."""
-
-
-NOT_RUN = "*Not run yet; the command above goes on where it was stopped.*"
-
-
 class Store:
     """Results by configuration, each in a file of its own, so that an interrupted command goes on
     and processes may share the folder.
@@ -174,7 +147,6 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.makes = True  # False: what is not stored raises NotStored
 
     @property
     def runs(self) -> list[dict]:
@@ -189,29 +161,23 @@ class Store:
         """The stored result of this configuration, or make()'s, stored."""
         file = self.folder / "runs" / f"{name_of(config)}.json"
         if not file.exists():
-            self._expect_nothing(f"a run of {_key(config)}")
             save(file, {"config": config, "environment": environment(), "result": make()})
         return _read(file)
 
     def value(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self.values:
-            self._expect_nothing(f"a value of {name!r}")
             self.keep(name, make())
         return self.values[name]
 
     def keep(self, name: str, value: Any) -> None:
         save(self.folder / "values" / f"{name}.json", value)
 
-    def _expect_nothing(self, what: str) -> None:
-        if not self.makes:
-            raise NotStored(f"{self.folder}: expected {what}, found none")
-
 
 class Study:
     """A network's or a stage's runs: a search for each method's setting, then tests with it.
 
     Subclasses have config(method, setting, seed, part, **changes), measure(config), score(result),
-    the mean that settings are chosen by, and num_runs(parts).
+    the mean that settings are chosen by, main(), the tests, and len(), the number of runs.
     """
 
     def __init__(
@@ -227,6 +193,10 @@ class Study:
         self.search = {m: settings[: 1 if quick else None] for m, settings in search.items()}
         self.tune_seeds, self.seeds = tune_seeds, seeds
         self.bar = tqdm(disable=True)
+
+    def run(self) -> None:
+        self.tune()
+        self.main()
 
     def result(self, config: dict) -> dict:
         self.bar.set_description(f"{self.name}: {config['method']}, seed {config['seed']}")
@@ -251,12 +221,8 @@ class Study:
 
     def chosen(self, method: str) -> dict:
         """The setting that `tune` chose, with plain training's."""
-        settings, name = self.store.values.get("chosen", {}), method.split(",")[0]
-        if name not in settings:
-            raise NotStored(
-                f"--parts: no setting chosen yet for {name} on {self.name}; run the part tune first"
-            )
-        return settings["plain"] | settings[name]
+        settings = self.store.values["chosen"]
+        return settings["plain"] | settings[method.split(",")[0]]
 
     def test(self, method: str, num_seeds: int | None = None, **changes: Any) -> list[dict]:
         """The results of all (or the first) seeds on test data, with the chosen setting, changed
@@ -290,8 +256,7 @@ def summarise(stores: Iterable[Store], path: Path) -> None:
     """The stored runs without their number: of each setting mean and standard deviation over seeds,
     one line each.
 
-    What docs/results keeps; the runs stay where they were made. Nothing is written where there is
-    no run.
+    What docs/results keeps; the runs stay where they were made.
     """
     groups: dict[str, list[tuple[str, dict]]] = {}
     values, environments = {}, {}
@@ -303,8 +268,6 @@ def summarise(stores: Iterable[Store], path: Path) -> None:
             groups.setdefault(_key({"of": store.folder.name} | setting), []).append(
                 (store.folder.name, run)
             )
-    if not groups:
-        return
     rows = []
     for key in sorted(groups):
         runs = [run for _, run in groups[key]]

@@ -3,7 +3,6 @@ ablations.
 
     python studies/vision.py  everything, about 35 minutes of one core; goes on where it was stopped
     python studies/vision.py --archs MLP  one network
-    python studies/vision.py --parts report  tables and figures from the stored results
     python studies/vision.py --figures  figures alone, from docs/results/vision.json
     python studies/vision.py --quick  does it run? into out/vision
 
@@ -28,11 +27,8 @@ import results_page
 import torch
 import torch.nn.functional as F
 import vision_methods as methods
-from parts import count
 from results_page import (
     FOLDER,
-    NOT_RUN,
-    NotStored,
     Store,
     cell,
     chosen_runs,
@@ -41,14 +37,14 @@ from results_page import (
     draw_curve,
     environment_line,
     figures,
-    run_parts,
+    run,
     search_table,
     set_up,
     sigmas,
     summarise,
     table,
-    write_table,
 )
+from tables import report
 from torch import Tensor, nn
 from vision_methods import METHODS, SEVERAL, TRAININGS
 from vision_setup import (
@@ -83,7 +79,6 @@ COLUMNS = (
     ("translation", "1"),
 )
 HEADS = [kind if kind == "clean" else f"{kind} {strength}" for kind, strength in COLUMNS]
-PARTS = ("tune", "main", "needs", "ablations", "smoothness", "report")
 SMOOTH_SEEDS, SMOOTH_IMAGES, SMOOTH_K = 3, 100, 16
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -210,13 +205,13 @@ class Study(results_page.Study):
     """One network."""
 
     def __init__(self, arch: str, args: argparse.Namespace) -> None:
-        folder, seeds = args.out / f"vision_{arch.lower()}", args.seeds or SEEDS[arch]
-        seeds = range(1 if args.quick else seeds)
+        folder = args.out / f"vision_{arch.lower()}"
+        seeds = range(1 if args.quick else SEEDS[arch])
         super().__init__(arch, folder, args.quick, methods.search(arch), TUNE_SEEDS[arch], seeds)
         self.smooth_store = Store(args.out / f"vision_smoothness_{arch.lower()}")
-        self.epochs = args.epochs or (1 if args.quick else EPOCHS[arch])
+        self.epochs = 1 if args.quick else EPOCHS[arch]
         self.pgd_steps = 2 if args.quick else 10
-        self.trainings = args.trainings[: 1 if args.quick else None]
+        self.trainings = TRAININGS[: 1 if args.quick else None]
         self.smooth_methods = METHODS[: 2 if args.quick else None]
         self.changes = ABLATIONS[arch][: 2 if args.quick else None]
         self.rates, self.alphas = ((0.01,), (0.1,)) if args.quick else NEEDS[arch]
@@ -255,16 +250,11 @@ class Study(results_page.Study):
     def score(self, result: dict) -> float:
         return overall(result["scores"])
 
-    def complete_trainings(self) -> list[str]:
-        """Those of which every run is stored."""
-
-        def complete(training: str) -> bool:
-            try:
-                return all(self.test(method, training=training) for method in METHODS)
-            except NotStored:
-                return False
-
-        return list(filter(complete, self.trainings))
+    def run(self) -> None:
+        super().run()
+        self.needs()
+        self.ablations()
+        self.smoothness()
 
     def main(self) -> None:
         for training in self.trainings:
@@ -305,16 +295,12 @@ class Study(results_page.Study):
                 self.bar.update()
         return results
 
-    def num_runs(self, parts: list[str]) -> int:
-        count = {
-            "tune": self.num_tune(),
-            "main": len(self.trainings) * len(METHODS) * len(self.seeds),
-            "needs": len(self.rates) * len(self.alphas),
-            "ablations": (1 + len(BASELINES) + len(self.changes))
-            * len(self.seeds[:ABLATION_SEEDS]),
-            "smoothness": len(self.smooth_methods) * len(self.seeds[:SMOOTH_SEEDS]),
-        }
-        return sum(count.get(part, 0) for part in parts)
+    def __len__(self) -> int:
+        main = len(self.trainings) * len(METHODS) * len(self.seeds)
+        needs = len(self.rates) * len(self.alphas)
+        changed = (1 + len(BASELINES) + len(self.changes)) * len(self.seeds[:ABLATION_SEEDS])
+        smooth = len(self.smooth_methods) * len(self.seeds[:SMOOTH_SEEDS])
+        return self.num_tune() + main + needs + changed + smooth
 
 
 BASELINES = ("plain", "plain, equal time", "fixed variance")  # beside the ablations
@@ -361,8 +347,8 @@ def seconds(results: list[dict]) -> str:
 
 
 def main_table(study: Study) -> str:
-    rows, trainings = [], study.complete_trainings()
-    for training in trainings:
+    rows = []
+    for training in study.trainings:
         results = {method: study.test(method, training=training) for method in METHODS}
         best = max(
             METHODS,
@@ -372,18 +358,13 @@ def main_table(study: Study) -> str:
             row = scores_row(method, results[method], [seconds(results[method])])
             row[-2] = f"**{row[-2]}**" if method == best else row[-2]
             rows.append([training, *row])
-    if not rows:
-        return ""
     text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
-    missing = [training for training in study.trainings if training not in trainings]
     return (
         f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in "
         f"bold. Chosen on validation images: {chosen_text(study.store)}. {M[study.name]} "
         f"trajectories for the methods with noise; a DIP step costs {study.time_ratio()} plain "
         "steps, which plain "
-        f"training at equal time gets in epochs.\n\n{text}\n\n"
-        + (f"Trained {' and '.join(missing)}: {NOT_RUN}\n\n" if missing else "")
-        + environment_line(study.store.runs)
+        f"training at equal time gets in epochs.\n\n{text}\n\n{environment_line(study.store.runs)}"
     )
 
 
@@ -391,10 +372,7 @@ def averages_table(studies: list[Study]) -> str:
     """The paper's summary: the average over the three ways of training."""
     heads = ["method"]
     columns = []
-    whole = [study for study in studies if study.complete_trainings() == study.trainings]
-    if not whole:
-        return ""
-    for study in whole:
+    for study in studies:
         heads += [f"{study.name}, clean", f"{study.name}, all conditions"]
         for score in (lambda s: s["clean"]["0"], overall):
             columns.append(
@@ -441,10 +419,7 @@ def median_sigmas(results: list[dict]) -> str:
 def needs_table(studies: list[Study]) -> str:
     tables = []
     for study in studies:
-        try:
-            results = study.needs()
-        except NotStored:
-            continue
+        results = study.needs()
         alphas = sorted({alpha for _, alpha in results})
         rows = []
         for rate in sorted({rate for rate, _ in results}):
@@ -471,8 +446,6 @@ def ablation_table(study: Study) -> str:
 def k_table(studies: list[Study]) -> str:
     rows = []
     for study in studies:
-        if "clean" not in study.complete_trainings():
-            continue
         results = [r["k"] for r in study.test("DIP")]
         names = [name for name in results[0]["0"] if not name.endswith("time")]
         heads = ["network", "prediction", *names, "time over Algorithm 3"]
@@ -487,17 +460,14 @@ def k_table(studies: list[Study]) -> str:
                     cell(ratio),
                 ]
             )
-    return table(heads, rows) if rows else ""
+    return table(heads, rows)
 
 
 def smoothness_table(studies: list[Study]) -> str:
     """The paper's claim beside plain and DIP, then every method."""
     claims, rows = [], []
     for study in studies:
-        try:
-            measured = study.smoothness()
-        except NotStored:
-            continue
+        measured = study.smoothness()
         for measure in SMOOTH_HEADS if "DIP" in measured else ():
             plain, *dips = (
                 [r[k][measure] for r in measured[method]]
@@ -517,8 +487,6 @@ def smoothness_table(studies: list[Study]) -> str:
                         cell([r[k][measure] for r in results], 2) for measure in results[0]["0"]
                     ]
                     rows.append([study.name, method, name, *cells])
-    if not rows:
-        return ""
     heads = [
         "network",
         "measure",
@@ -584,9 +552,7 @@ def plot_sigmas(summary: dict, arch: str, path: Path) -> None:
 def plots(
     archs: Iterable[str], trainings: Sequence[str], folder: Path, out: Path | None = None
 ) -> None:
-    """Every figure that folder/vision.json has the runs for, into `out` or the folder itself."""
-    if not (folder / "vision.json").is_file():
-        return
+    """Every figure of these, from folder/vision.json, into `out` or the folder itself."""
     out = out or folder
     summary = json.loads((folder / "vision.json").read_text(encoding="utf-8"))
     for arch in archs:
@@ -598,47 +564,37 @@ def plots(
             plot_sigmas(summary, arch, out / f"vision_sigma_{arch.lower()}.svg")
 
 
-def report(studies: list[Study], page: Path, out: Path) -> None:
-    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is
-    said."""
+def write(studies: list[Study], page: Path, out: Path) -> None:
+    """Tables, figures and summary."""
     for study in studies:
-        study.store.makes = study.smooth_store.makes = False
-    for study in studies:
-        write_table(page, f"vision-{study.name.lower()}", lambda study=study: main_table(study))
-        write_table(
-            page,
-            f"vision-ablations-{study.name.lower()}",
-            lambda study=study: ablation_table(study),
-        )
-    write_table(page, "vision-averages", lambda: averages_table(studies))
+        report.fill(page, f"vision-{study.name.lower()}", main_table(study))
+        report.fill(page, f"vision-ablations-{study.name.lower()}", ablation_table(study))
+    report.fill(page, "vision-averages", averages_table(studies))
     head = ["network", "method", "setting: mean over the conditions on validation images"]
     stores = {study.name: study.store for study in studies}
-    write_table(page, "vision-search", lambda: search_table(head, stores, mark="**"))
-    write_table(page, "vision-k", lambda: k_table(studies))
-    write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
-    write_table(page, "vision-needs", lambda: needs_table(studies))
+    report.fill(page, "vision-search", search_table(head, stores, mark="**"))
+    report.fill(page, "vision-k", k_table(studies))
+    report.fill(page, "vision-smoothness", smoothness_table(studies))
+    report.fill(page, "vision-needs", needs_table(studies))
     summarise(
         [store for study in studies for store in (study.store, study.smooth_store)],
         out / "vision.json",
     )
     for study in studies:
-        plots([study.name], study.complete_trainings(), out)
+        plots([study.name], study.trainings, out)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command_line(__doc__, "vision", PARTS, "one seed, one epoch, few settings")
-    add = parser.add_argument
-    add("--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)")
-    kinds = "clean, Gaussian, FGSM (all)"
-    add("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS), help=kinds)
-    add("--seeds", type=count, help="number of seeds (5 for MLP, 3 for the others)")
-    add("--epochs", type=count, help="epochs of training (60 for MLP, 50 for the others)")
+    parser = command_line(__doc__, "vision", "one seed, one epoch, few settings")
+    parser.add_argument(
+        "--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)"
+    )
     args = parser.parse_args(arguments)
     if args.figures:
-        plots(args.archs, args.trainings, FOLDER)
+        plots(args.archs, TRAININGS, FOLDER)
         return
     set_up(args)
-    run_parts([Study(arch, args) for arch in args.archs], PARTS, args, report)
+    run([Study(arch, args) for arch in args.archs], args, write)
 
 
 if __name__ == "__main__":
