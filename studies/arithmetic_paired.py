@@ -93,12 +93,9 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = parts.command_line(
-        __doc__, "arithmetic_paired", 8, "a tiny model, two seeds, two steps"
-    )
-    parser.add_argument("--dim", type=int, default=128)
-    args = parser.parse_args(arguments)
-    size = {"dim": args.dim, "depth": arithmetic.DEPTH, "steps": arithmetic.STEPS[STAGE]}
+    quick = "a tiny model, two seeds, two steps"
+    args = parts.command_line(__doc__, "arithmetic_paired", 8, quick).parse_args(arguments)
+    size = {"dim": 128, "depth": arithmetic.DEPTH, "steps": arithmetic.STEPS[STAGE]}
     if args.quick:
         args.seeds, size = 2, {"dim": 32, "depth": 1, "steps": 2}
     keys = [

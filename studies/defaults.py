@@ -159,7 +159,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--trainings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TRAINING"
     )
-    parser.add_argument("--stored", action="store_true", help="run nothing: report what is stored")
     parser.add_argument(
         "--figures", action="store_true", help="no more than docs/assets, from what docs/ has"
     )
@@ -182,7 +181,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for method in methods or methods_of(task, training)
     ]
     asked = keys(cases, args.seeds, METHODS, SETTINGS)
-    rows = summarise(parts.run(part, asked, args.out, args.workers, args.stored))
+    rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = table(rows, list(METHODS))
     plot_ratio(rows, args.out)
     parts.write(args, rows, text, "Differences to plain, paired")

@@ -167,13 +167,12 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = parts.command_line(__doc__, "extrapolation", 8, "one function, two seeds, few steps")
-    parser.add_argument("--functions", nargs="+", choices=CASES, default=list(CASES), metavar="G")
-    args = parser.parse_args(arguments)
+    quick = "one function, two seeds, few steps"
+    args = parts.command_line(__doc__, "extrapolation", 8, quick).parse_args(arguments)
+    functions, steps = list(CASES), STEPS
     if args.quick:
-        args.functions, args.seeds = ["softplus"], 2
-    steps = 20 if args.quick else STEPS
-    cases = [{"function": g, "steps": steps} for g in args.functions]
+        functions, args.seeds, steps = ["softplus"], 2, 20
+    cases = [{"function": g, "steps": steps} for g in functions]
     found = [study(case, args.out, args.workers, args.seeds) for case in cases]
     rows = summarise([result for results in found for result in results])
     text = table(rows)

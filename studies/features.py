@@ -201,7 +201,6 @@ def plot(text: str, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = parts.command_line(__doc__, "features", 8, "one small task, two seeds")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(CASES), metavar="TASK")
     parser.add_argument(
         "--figures", action="store_true", help="no more than docs/assets, from what docs/ has"
     )
@@ -209,9 +208,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.figures:
         plot((DOCS / "results_defaults.md").read_text(encoding="utf-8"), DOCS / "assets")
         return {}
+    tasks = CASES
     if args.quick:
-        args.tasks, args.seeds = ["wine"], 2
-    results = {task: study(task, args.out, args.workers, args.seeds) for task in args.tasks}
+        tasks, args.seeds = ("wine",), 2
+    results = {task: study(task, args.out, args.workers, args.seeds) for task in tasks}
     text = table(results)
     plot(text, args.out)
     parts.write(args, results, text, "Paired")

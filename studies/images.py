@@ -351,27 +351,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         choices=TRAININGS["cnn"],
         default=list(TRAININGS["cnn"]),
     )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=TRAINED,
-        default=list(TRAINED),
-        metavar="METHOD",
-        help=f"{', '.join(TRAINED)} (which brings frozen, shuffled and rescaled) (all)",
-    )
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
     args = parser.parse_args(arguments)
     if args.strengths:
         print(strengths())
         return {}
-    epochs = 0
+    epochs, methods = 0, list(TRAINED)
     if args.quick:
         args.model, args.images, args.seeds, epochs = ["cnn"], [1000], 1, 1
-        args.methods = ["plain", "learned"]
+        methods = ["plain", "learned"]
     asked = cases(args.model, args.images, args.trainings, epochs)
     if not asked:
         parser.error("--trainings: expected tuned, or others of the CNN on 1,000 images")
-    found = [study(case, args.methods, args.seeds, args.out, args.workers) for case in asked]
+    found = [study(case, methods, args.seeds, args.out, args.workers) for case in asked]
     rows = summarise([result for results in found for result in results])
     text = report(rows)
     parts.write(args, rows, text, "Paired")

@@ -28,7 +28,6 @@ def run(
     keys: Iterable[dict[str, Any]],
     out: Path,
     workers: int = 1,
-    stored: bool = False,
 ) -> list[dict[str, Any]]:
     """part(key) for every key, or what an earlier run left under out/parts; in the keys' order.
 
@@ -37,15 +36,12 @@ def run(
         keys: JSON too: what a part depends on, beside the package's defaults.
         out: the study's folder.
         workers: processes, each with one thread.
-        stored: run nothing; give what is there.
 
     Returns:
         {**key, **part(key)} for every key.
     """
     keys = list(keys)
     files = [out / "parts" / f"{name_of(key)}.json" for key in keys]
-    if stored:
-        return [json.loads(file.read_text()) for file in files if file.exists()]
     missing = {file: key for file, key in zip(files, keys, strict=True) if not file.exists()}
     with tqdm(
         total=len(keys), initial=len(keys) - len(missing), unit="part", dynamic_ncols=True

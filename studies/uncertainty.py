@@ -149,13 +149,12 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = parts.command_line(__doc__, "uncertainty", 5, "one task and share, few epochs")
-    parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES), metavar="TASK")
-    args = parser.parse_args(arguments)
-    epochs, shares = 0, SHARES
+    quick = "one task and share, few epochs"
+    args = parts.command_line(__doc__, "uncertainty", 5, quick).parse_args(arguments)
+    tasks, epochs, shares = CASES, 0, SHARES
     if args.quick:
-        args.tasks, args.seeds, epochs, shares = ["classes 20"], 2, 3, SHARES[-1:]
-    cases = [{"task": t, "share": s, "epochs": epochs} for t in args.tasks for s in shares]
+        tasks, args.seeds, epochs, shares = ("classes 20",), 2, 3, SHARES[-1:]
+    cases = [{"task": t, "share": s, "epochs": epochs} for t in tasks for s in shares]
     found = [study(case, args.out, args.workers, args.seeds) for case in cases]
     rows = summarise([result for results in found for result in results])
     text = table(rows)
