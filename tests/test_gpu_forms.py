@@ -1,15 +1,16 @@
-"""benchmarks/gpucheck/forms.py: what it sets, it takes back; CUDA's part is stood in for."""
+"""benchmarks/gpucheck/switches.py: what it sets, it takes back; CUDA's part is stood in for."""
 
 import re
 from types import SimpleNamespace
 
-from source_support import ROOT, module_at
+from gpucheck import switches
+from source_support import ROOT
 
 from dipkernels import backends
 
 
 def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
-    forms, state = module_at("benchmarks/gpucheck/forms.py"), [1]
+    state = [1]
     functions = SimpleNamespace(
         dip_set_cuda_forms=lambda bits: state.__setitem__(0, bits), dip_cuda_forms=lambda: state[0]
     )
@@ -17,7 +18,7 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
     monkeypatch.setattr(backends, "library", lambda: library)
     monkeypatch.setattr(backends, "c_functions", lambda path: functions)
     found = {}
-    for name, context in (forms.walk() | forms.column_sum()).items():
+    for name, context in (switches.walk() | switches.column_sum()).items():
         with context():
             found[name] = state[0]
     assert found == {
@@ -32,9 +33,8 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
 
 def test_every_form_is_compared_with_the_default():
     """docs/gpu.md: each against today's form, which a run takes from the first of the settings."""
-    forms = module_at("benchmarks/gpucheck/forms.py")
     source = (ROOT / "csrc" / "perturb_op.cpp").read_text()
     (default,) = re.findall(r"kDefaultForms = (\d+);", source)
-    for settings in (forms.walk(), forms.column_sum()):
+    for settings in (switches.walk(), switches.column_sum()):
         today = next(iter(settings.values()))
         assert today.args == (int(default),)

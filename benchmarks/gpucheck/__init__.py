@@ -7,6 +7,6 @@ tools     machine, build, tests        sanitizer   compute-sanitizer
 once      what that runs through torch
 kernels   copy, perturb, graph, crossover          layers      block, layers, averaging
 producers producers, models
-switches  variants of the kernels, each against today's form, set by forms
+switches  variants of the kernels, each against today's form
 report    the text and the plot
 """

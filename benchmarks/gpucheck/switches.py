@@ -1,5 +1,5 @@
 """Choices inside the kernels, each setting timed against today's form in the same rounds, so that a
-run decides.
+run decides: docs/measured_gpu_expectation.md says what each may gain.
 
 To add one: a function that gives a context for each setting, today's form first, and its line in
 SWITCHES.
@@ -7,8 +7,9 @@ SWITCHES.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import peers
@@ -16,11 +17,12 @@ import timing
 import torch
 from torch import Tensor, nn
 
-from gpucheck import forms
+from dipkernels import backends
 from gpucheck.child import Check, Rows
-from gpucheck.forms import Settings
 from gpucheck.kernels import half, in_turns, per_call
 from gpucheck.layers import prepare
+
+Settings = dict[str, Callable[[], contextlib.AbstractContextManager]]
 
 # Largest first
 SHAPES = [(8192, 8192, 8192), (8192, 4096, 4096), (4096, 1024, 1024)]
@@ -34,17 +36,48 @@ class Switch:
     shapes: int = 3  # of SHAPES, the smallest
 
 
+# Bits of dip_set_cuda_forms in csrc/perturb_op.cpp.
+P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
+
+
+@contextlib.contextmanager
+def forms(bits: int) -> Iterator[None]:
+    """CUDA's kernels in this form inside. A captured graph keeps what it was captured with."""
+    if not backends.library().cuda_archs:
+        yield
+        return
+    library = backends.c_functions(backends.library().path)
+    before = library.dip_cuda_forms()
+    library.dip_set_cuda_forms(bits)
+    try:
+        yield
+    finally:
+        library.dip_set_cuda_forms(before)
+
+
+def walk() -> Settings:
+    """P's rows from the last on, the default; all from the first; all from the last."""
+    named = {
+        "P from the end": P_FROM_END,
+        "from the start": 0,
+        "from the end": P_FROM_END | SUMS_FROM_END,
+    }
+    return {name: functools.partial(forms, bits) for name, bits in named.items()}
+
+
+def column_sum() -> Settings:
+    """Q's partial sums added up by a second launch, the default, or by the last block."""
+    named = {"two launches": P_FROM_END, "last block": P_FROM_END | ONE_LAUNCH}
+    return {name: functools.partial(forms, bits) for name, bits in named.items()}
+
+
 def compiled_keep() -> Settings:
     """What keep="auto" keeps under torch.compile: x, today's form, or u."""
-    from dipkernels import backends
-
     return {f"keep {keep}": functools.partial(backends.compiled_keep, keep) for keep in ("x", "u")}
 
 
 def autocast_keep() -> Settings:
     """The same of float32 data under autocast, where "bytes" is u."""
-    from dipkernels import backends
-
     keeps = ("x", "bytes")
     return {f"keep by {keep}": functools.partial(backends.compiled_keep, keep) for keep in keeps}
 
@@ -62,8 +95,8 @@ class Autocast(nn.Module):
 
 
 SWITCHES = (
-    Switch("walk", forms.walk),
-    Switch("column sum", forms.column_sum),
+    Switch("walk", walk),
+    Switch("column sum", column_sum),
     Switch("compiled keep", compiled_keep, ("compiled",), shapes=2),
     Switch("compiled keep", autocast_keep, ("compiled, autocast",), shapes=2),
 )
