@@ -19,7 +19,7 @@ from typing import Any
 
 import parts
 import plots
-from tables import by_case, compared, figures, markdown, points, rows_of
+from tables import SCORES, by_case, compared, figures, markdown, points, rows_of
 from tasks import TASKS
 from training import keys, scored
 
@@ -38,7 +38,6 @@ EVERYWHERE = ("plain", "default", "start 0.3", "fixed 1")
 # By AdamW, on six of the tasks, also:
 MORE = ("fixed 0.3", "kl 0", "kl 1")
 WITH_MORE = ("digits MLP", "breast_cancer", "classes 20", "classes 60", "cover", "friedman")
-SCORES = ("clean", "pgd", "noise")
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:

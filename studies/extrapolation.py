@@ -22,8 +22,8 @@ from typing import Any
 import parts
 import torch
 import torch.nn.functional as F
-from features import chosen, named, tested
-from tables import by_case, cell, compared, markdown
+from parts import chosen, tested
+from tables import by_case, cell, compared, markdown, named
 from tasks import mlp
 from torch import Tensor, nn
 from training import optimiser, prepare

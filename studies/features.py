@@ -13,9 +13,6 @@ A quarter of an hour of one core.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,9 @@ import parts
 import plots
 import torch
 from defaults import DOCS, TITLES
-from tables import Point, by_case, compared, figures, markdown, points, rows_of
-from tasks import TASKS, Split, Task, split
+from parts import chosen, tested
+from tables import SCORES, Point, by_case, compared, figures, markdown, named, points, rows_of
+from tasks import TASKS, split, validation
 from torch import nn
 from training import evaluate, train
 
@@ -48,7 +46,6 @@ SEARCH: dict[str, list[dict[str, Any]]] = {
     ],
 }
 PROFILES = ("frozen", "shuffled", "levelled")  # of the chosen learned setting
-SCORES = ("clean", "pgd", "noise")
 # In the figures, with what tells them apart; plain lies too far off.
 SHOWN = {
     "isotropic": "one sigma for a layer",
@@ -56,14 +53,6 @@ SHOWN = {
     "shuffled": "the learned ones, shuffled",
     "levelled": "their mean",
 }
-
-
-def validation(task: Task, data: Split) -> tuple[Task, Split]:
-    """The last quarter of the training part in the test part's place."""
-    cut = len(data.x) * 3 // 4
-    return dataclasses.replace(task, train=cut), Split(
-        data.x[:cut], data.y[:cut], data.x[cut:], data.y[cut:]
-    )
 
 
 def profile_of(model: nn.Module, kind: str, seed: int) -> dict[str, torch.Tensor]:
@@ -93,54 +82,6 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     return evaluate(task, data, model, seed)
 
 
-def total(result: dict[str, Any]) -> float:
-    """What a search maximises: clean, attacked and noisy score weigh alike."""
-    return sum(result[name] for name in SCORES)
-
-
-def chosen(
-    part: Callable[[dict[str, Any]], dict[str, Any]],
-    case: dict[str, Any],
-    search: dict[str, list[dict[str, Any]]],
-    out: Path,
-    workers: int,
-    seeds: int = 2,
-    score: Callable[[dict[str, Any]], float] = total,
-) -> dict[str, dict[str, Any]]:
-    """Of each method the setting of the largest mean score over seeds that the test does not use,
-    by part({**case, "method", "stage": "search", "seed", "options"})."""
-    keys = [
-        {**case, "method": method, "stage": "search", "seed": 100 + seed, "options": options}
-        for method, settings in search.items()
-        for options in settings
-        for seed in range(seeds)
-    ]
-    scores: dict[str, dict[str, float]] = {}
-    for result in parts.run(part, keys, out, workers):
-        by_setting = scores.setdefault(result["method"], {})
-        name = json.dumps(result["options"])
-        by_setting[name] = by_setting.get(name, 0.0) + score(result)
-    return {method: json.loads(max(s, key=lambda name: s[name])) for method, s in scores.items()}
-
-
-def tested(
-    part: Callable[[dict[str, Any]], dict[str, Any]],
-    case: dict[str, Any],
-    settings: dict[str, dict[str, Any] | None],
-    out: Path,
-    workers: int,
-    seeds: int,
-) -> list[dict[str, Any]]:
-    """The parts of every method with its setting, seed by seed, so that a stopped study has whole
-    seeds."""
-    keys = [
-        {**case, "method": method, "stage": "test", "seed": seed, "options": options}
-        for seed in range(seeds)
-        for method, options in settings.items()
-    ]
-    return parts.run(part, keys, out, workers)
-
-
 def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
     best = chosen(part, {"task": task}, SEARCH, out, workers)
     settings = {"plain": None, **best, **dict.fromkeys(PROFILES, best["learned"])}
@@ -148,14 +89,6 @@ def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
     (runs,) = by_case((task, r["method"], r["seed"], r) for r in results).values()
     rows = compared(runs, dict.fromkeys(SCORES, (1, 1)), {"learned": -1})
     return {method: {"options": settings[method], **row} for method, row in rows.items()}
-
-
-def named(options: dict[str, Any]) -> str:
-    """A setting as a table has it: its numbers."""
-    numbers = {key: v for key, v in options.items() if not isinstance(v, (bool, str))}
-    return ", ".join(
-        f"{key.removeprefix('variance_').replace('_', ' ')} {v:g}" for key, v in numbers.items()
-    )
 
 
 def table(results: dict[str, Any]) -> str:

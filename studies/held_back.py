@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import parts
 import torch.nn.functional as F
-from defaults import SCORES, summarise
-from tables import markdown
+from defaults import summarise
+from tables import SCORES, markdown
 from tasks import DIGITS, TASKS, Task, cnn, fashion, from_sklearn, mlp, resnet, split, tensors
 from torch import Tensor, nn
 from training import evaluate, keys, scored, train

@@ -33,9 +33,9 @@ import parts
 import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
-from features import chosen, named, tested, validation
-from tables import by_case, cell, compared, markdown
-from tasks import TASKS, Split, Task, ViT, split
+from parts import chosen, tested
+from tables import SCORES, by_case, cell, compared, markdown, named
+from tasks import TASKS, Split, Task, ViT, split, validation
 from torch import Tensor, nn
 from training import M, evaluate, fit, kept, optimiser, prepare
 from vision_setup import fgsm
@@ -78,7 +78,6 @@ TRAININGS: dict[str, dict[str, float]] = {
     "vit": {"tuned": 0.0},
 }
 DROP, STRENGTH_SEED = 18.0, 100  # the paper's ViT-Base loses 24 (Gaussian) and 19 (FGSM)
-SCORES = ("clean", "pgd", "noise")
 
 
 def vit() -> nn.Module:

@@ -1,4 +1,5 @@
-"""Parts of a study: each result is one JSON file, so that a stopped study goes on where it was."""
+"""Parts of a study: each result is one JSON file, so that a stopped study goes on where it was; and
+the search for a setting by them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from tables import report
+from tables import SCORES, report
 from tqdm import tqdm
 
 from dipkernels.models.calibrate import DEEP
@@ -61,6 +62,54 @@ def run(
                 save(file, {**key, **part(key)})
                 bar.update()
     return [json.loads(file.read_text()) for file in files]
+
+
+def total(result: dict[str, Any]) -> float:
+    """What a search maximises: clean, attacked and noisy score weigh alike."""
+    return sum(result[name] for name in SCORES)
+
+
+def chosen(
+    part: Callable[[dict[str, Any]], dict[str, Any]],
+    case: dict[str, Any],
+    search: dict[str, list[dict[str, Any]]],
+    out: Path,
+    workers: int,
+    seeds: int = 2,
+    score: Callable[[dict[str, Any]], float] = total,
+) -> dict[str, dict[str, Any]]:
+    """Of each method the setting of the largest mean score over seeds that the test does not use,
+    by part({**case, "method", "stage": "search", "seed", "options"})."""
+    keys = [
+        {**case, "method": method, "stage": "search", "seed": 100 + seed, "options": options}
+        for method, settings in search.items()
+        for options in settings
+        for seed in range(seeds)
+    ]
+    scores: dict[str, dict[str, float]] = {}
+    for result in run(part, keys, out, workers):
+        by_setting = scores.setdefault(result["method"], {})
+        name = json.dumps(result["options"])
+        by_setting[name] = by_setting.get(name, 0.0) + score(result)
+    return {method: json.loads(max(s, key=lambda name: s[name])) for method, s in scores.items()}
+
+
+def tested(
+    part: Callable[[dict[str, Any]], dict[str, Any]],
+    case: dict[str, Any],
+    settings: dict[str, dict[str, Any] | None],
+    out: Path,
+    workers: int,
+    seeds: int,
+) -> list[dict[str, Any]]:
+    """The parts of every method with its setting, seed by seed, so that a stopped study has whole
+    seeds."""
+    keys = [
+        {**case, "method": method, "stage": "test", "seed": seed, "options": options}
+        for seed in range(seeds)
+        for method, options in settings.items()
+    ]
+    return run(part, keys, out, workers)
 
 
 count = report.at_least(1)  # a flag's number of seeds or processes

@@ -20,6 +20,7 @@ import report
 import timing  # noqa: F401
 
 markdown = report.table
+SCORES = ("clean", "pgd", "noise")  # of training.evaluate, all of them better if more
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -119,3 +120,11 @@ def rows_of(text: str) -> list[list[str]]:
     """The rows of every table in a text, heads included."""
     lines = (line for line in text.splitlines() if line.startswith("| "))
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def named(options: dict[str, Any]) -> str:
+    """A setting as a table has it: its numbers."""
+    numbers = {key: v for key, v in options.items() if not isinstance(v, (bool, str))}
+    return ", ".join(
+        f"{key.removeprefix('variance_').replace('_', ' ')} {v:g}" for key, v in numbers.items()
+    )

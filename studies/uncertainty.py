@@ -22,9 +22,9 @@ import parts
 import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
-from features import chosen, named, tested, validation
-from tables import by_case, compared, markdown
-from tasks import TASKS, Split, split
+from parts import chosen, tested
+from tables import by_case, compared, markdown, named
+from tasks import TASKS, Split, split, validation
 from torch import Tensor
 from training import train
 

@@ -136,7 +136,7 @@ def test_parts_of_other_defaults_are_not_taken(tmp_path, monkeypatch):
 def test_a_search_never_sees_test_data():
     task = tasks.TASKS["wine"]
     data = tasks.split(task, 0)
-    _, inner = features.validation(task, data)
+    _, inner = tasks.validation(task, data)
     seen = torch.cat([inner.x, inner.x_test])
     assert torch.equal(seen, data.x)
     assert len(inner.x) < len(data.x) == task.train
@@ -175,7 +175,7 @@ def test_a_search_stays_inside(method, monkeypatch):
 
 @pytest.mark.parametrize(
     ("score", "wanted"),
-    [(features.total, [{"ratio": 2}, {"ratio": 1}]), (lambda r: -r["clean"], [{"ratio": 1}] * 2)],
+    [(parts.total, [{"ratio": 2}, {"ratio": 1}]), (lambda r: -r["clean"], [{"ratio": 1}] * 2)],
 )
 def test_a_search_takes_the_best_mean_over_seeds_of_its_own(score, wanted, tmp_path):
     scores = {("a", 1): (90, 10), ("a", 2): (40, 70), ("b", 1): (5, 0)}  # of seeds 100 and 101
@@ -187,7 +187,7 @@ def test_a_search_takes_the_best_mean_over_seeds_of_its_own(score, wanted, tmp_p
         return {"clean": score, "pgd": 0, "noise": 0}
 
     search = {"a": [{"ratio": 1}, {"ratio": 2}], "b": [{"ratio": 1}]}
-    best = features.chosen(part, {"case": "x"}, search, tmp_path, 1, score=score)
+    best = parts.chosen(part, {"case": "x"}, search, tmp_path, 1, score=score)
     assert best == dict(zip("ab", wanted, strict=True))
     assert set(seen) == {("x", "search", 100), ("x", "search", 101)}
 
@@ -196,7 +196,7 @@ def test_every_method_has_as_many_settings_to_choose_from():
     for study in (features, uncertainty, extrapolation):
         assert {len(settings) for settings in study.SEARCH.values()} == {6}
     kept = {"fixed": True, "where": "input", "ratio": 0.3, "variance_rate": 3.0, "noise_dim": 20}
-    assert features.named(kept) == "ratio 0.3, rate 3, noise dim 20"
+    assert tables.named(kept) == "ratio 0.3, rate 3, noise dim 20"
 
 
 def test_every_method_on_images_has_as_many_settings_to_choose_from():
