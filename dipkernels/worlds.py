@@ -1,5 +1,5 @@
 """In which world a call is: eager, torch.compile, torch.export, torch.jit.trace, a transform of
-torch.func, tensors without values, a DTensor.
+torch.func, tensors without values, a DTensor, a CUDA graph that is captured.
 
 Whatever acts differently in one of them asks here, and nothing else asks torch. A call may be in
 several at once: torch.compile of torch.func.grad, or of a model of DTensors. All of it is plain
@@ -90,11 +90,19 @@ def has_values(x: Tensor) -> bool:
 
 def frees_what_was_saved(*tensors: Tensor) -> bool:
     """Whether the backward pass at hand, on these, is the last one to read what was saved for it,
-    and nothing but torch looks on: its memory may be written over."""
+    and nothing looks on that may read it again: its memory may be written over."""
     if not all([has_values(t) and not batched(t) for t in tensors]):
         return False
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    return not (kept or torch._C._len_torch_dispatch_stack())
+    watched = torch._C._len_torch_dispatch_stack() or capturing(tensors[0].device.type)
+    return not (kept or watched)
+
+
+def capturing(device: str) -> bool:
+    """Whether what runs on this device now is recorded into a CUDA graph."""
+    # fake tensors may be of a device that is not there
+    there = device == "cuda" and not tracing() and torch.cuda.is_initialized()
+    return there and torch.cuda.is_current_stream_capturing()
 
 
 def recording() -> bool:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dipkernels as dip
-from dipkernels import backends, functional, reference
+from dipkernels import backends, functional, reference, worlds
 from dipkernels.ops import row_blocks
 from dipkernels.ops.activations import ACTIVATIONS, BACKWARDS
 from dipkernels.ops.draw import Draw
@@ -315,6 +315,14 @@ def test_a_backward_pass_that_is_not_the_last_leaves_what_is_kept(dtype, monkeyp
         got = torch.autograd.grad(y, leaves, dy, retain_graph=again)
         assert all(map(torch.equal, got, want))
     assert not torch.equal(first, before)
+
+    # a captured graph of the backward pass may be replayed twice after one of the forward pass
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(*leaves, **how)
+    monkeypatch.setattr(worlds, "capturing", lambda device: True)
+    torch.autograd.grad(y, leaves, dy)
+    assert torch.equal(next(t for t in kept if t.shape == y.shape), before)
 
     y, several = layer(*leaves, **how), torch.stack([dy, 2 * dy])
     got = torch.autograd.grad(y, leaves, several, is_grads_batched=True)

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from warning_support import no_warning
 
+from dipkernels import worlds
 from dipkernels.models.convert import convert
 from dipkernels.nn.conv import DIPConv2d
 from dipkernels.nn.input import DIPInput
@@ -127,7 +128,7 @@ def test_keys_and_numbered_passes_come_without_a_copy_from_the_host(key):
 def test_a_cuda_graph_captured_under_a_key_keeps_it_and_says_so(monkeypatch):
     """A replay reads the key's memory again: after the context, and behind model.to(...), which
     gives a layer another stream. tests/gpu/test_gpu_engines.py captures on a GPU."""
-    monkeypatch.setattr(contexts, "capturing", lambda device: True)
+    monkeypatch.setattr(worlds, "capturing", lambda device: True)
     monkeypatch.setattr(contexts, "_captured", {})
     layers, x = (DIPLinear(8, 8), DIPLinear(8, 8)), torch.randn(2, 8)
     said = "CUDA graph .* each replay draws the same noise"
@@ -144,7 +145,7 @@ def test_a_cuda_graph_captured_under_a_key_keeps_it_and_says_so(monkeypatch):
             layers[0](x)
     with no_warning():
         layers[0](x)  # a replay draws its seed anew
-        monkeypatch.setattr(contexts.worlds, "has_values", lambda x: False)
+        monkeypatch.setattr(worlds, "has_values", lambda x: False)
         with fixed_noise(torch.tensor(7)):  # as on a GPU, where it may be filled anew
             read.append(contexts.KEY)
             layers[0](x)

@@ -311,17 +311,10 @@ def key_of(tag: Any) -> Any:
     return tag
 
 
-def capturing(device: str) -> bool:
-    """Whether what runs on this device now is recorded into a CUDA graph."""
-    # fake tensors may be of a device that is not there
-    there = device == "cuda" and not worlds.tracing() and torch.cuda.is_initialized()
-    return there and torch.cuda.is_current_stream_capturing()
-
-
 def keep_for_replays(key: Tensor, stream: Tensor | None = None) -> None:
     """Where a CUDA graph is captured, keep alive what a draw reads; warn, once for each key that is
     a number, that every replay draws its noise."""
-    if not capturing((key if stream is None else stream).device.type):
+    if not worlds.capturing((key if stream is None else stream).device.type):
         return
     new = id(key) not in _captured
     _captured.update({id(t): t for t in (key, stream) if t is not None})

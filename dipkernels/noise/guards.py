@@ -115,7 +115,7 @@ def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
     if seed.device.type == "cpu":
         with torch._C._DisableFuncTorch():
             return tuple(seed.flatten()[:2].tolist())  # the first of those that vmap maps over
-    if seed.device.type != "cuda" or contexts.capturing("cuda"):
+    if seed.device.type != "cuda" or worlds.capturing("cuda"):
         return None
     generator = torch.cuda.default_generators[seed.device.index]
     return generator.initial_seed(), generator.get_offset()
