@@ -166,7 +166,14 @@ def test_eval_mode_and_noise_off_are_plain_attention(form):
     for call in ({}, {"need_weights": False}):
         inputs, keywords = arguments(plain, hows(form)[0], call)
         with noise_off():
-            assert_same(attention(*inputs, **keywords), plain(*inputs, **keywords))
+            got = attention(*inputs, **keywords)
+        want = plain(*inputs, **keywords)
+        assert_same(got, want)
+        # in memory too: dropout behind it drops the same entries
+        assert torch.equal(got[0], want[0]) and got[0].stride() == want[0].stride()
+        variances = [layer.log_variance for layer in dip_layers(attention).values()]
+        slopes = torch.autograd.grad(got[0].sum(), variances)
+        assert not any(slope.any() for slope in slopes)
         for context in (torch.no_grad(), torch.enable_grad()):  # with the fast path and without
             with context:
                 plain.eval()

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import worlds
-from ..noise import contexts
-from ..ops.perturb import without_noise
 from . import tracing
 from .input import DIPInput
 from .inputs import undense
-from .layer import BesideWeights, DIPLayer, ddp_waits, fresh
+from .layer import BesideWeights, DIPLayer, fresh
 from .linear import DIPLinear
 from .variance import device_of_variance
 
@@ -147,8 +145,7 @@ class DIPMultiheadAttention(BesideWeights, nn.MultiheadAttention):
         if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
             return tracing.record(self, query, key, value, *rest)
         if not self._calls_parts():
-            if ddp_waits():
-                query, key, value = self._with_unused_variances(query, key, value)
+            query, key, value = self._with_unused_variances(query, key, value)
             return super().forward(query, key, value, *rest)
         if is_causal and attn_mask is None:
             raise RuntimeError(
@@ -184,11 +181,10 @@ class DIPMultiheadAttention(BesideWeights, nn.MultiheadAttention):
         return out, (weights if batched or weights is None else weights[0])
 
     def _calls_parts(self) -> bool:
-        """Whether the projections have to be called: for noise, for noise_off in training, or for
-        what looks at their calls: hooks, and calibrate, which sets their forward."""
+        """Whether the projections have to be called: for noise, or for what looks at their calls:
+        hooks, and calibrate, which sets their forward."""
         return any(
             part.noisy()
-            or (part.training and contexts.MODE == "off")
             or part._forward_hooks
             or part._forward_pre_hooks
             or "forward" in vars(part)
@@ -198,11 +194,11 @@ class DIPMultiheadAttention(BesideWeights, nn.MultiheadAttention):
     def _with_unused_variances(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same tensors, one where they were one, through which every variance gets a gradient
-        of zeros."""
+        """The same tensors, one where they were one, through which every variance that DDP or
+        noise_off may ask for gets a gradient of zeros."""
         same = query
         for part in self._parts():
-            same = without_noise(same, part._log_variance())
+            same = part.without_noise(same)
         return same, same if key is query else key, same if value is query else value
 
     def _check_shapes(
