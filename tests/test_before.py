@@ -517,6 +517,29 @@ def test_a_parametrisation_is_counted_with_the_module_whose_weight_it_computes()
         dip.convert(nn.Sequential(nn.Linear(8, 8), conv))
 
 
+class Vocoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ups = nn.ModuleList(weight_norm(nn.ConvTranspose1d(8, 8, 4, 2, 1)) for _ in range(2))
+        self.convs = nn.ModuleList(weight_norm(nn.Conv1d(8, 8, 3, padding=1)) for _ in range(2))
+
+    def forward(self, x):
+        for up, conv in zip(self.ups, self.convs):
+            x = conv(up(x).relu())
+        return x
+
+
+def test_a_pattern_for_parametrised_layers_passes_over_what_computes_their_weights():
+    x = torch.randn(2, 8, 5)
+    with pytest.raises(ValueError, match=r"4 module\(s\) cannot be converted: .*before") as raised:
+        dip.convert(Vocoder())
+    for said in ("convs.* (ParametrizedConv1d, 2 of them)", "before=['ups.*'] with batches"):
+        assert said in str(raised.value)
+    model = dip.convert(Vocoder(), before=["ups.*", "convs.*"], batches=[x])
+    assert [*dip_layers(model)] == ["ups.0", "ups.1", "convs.0", "convs.1"]
+    assert dip.check(model, x)
+
+
 class Tied(nn.Module):
     """The decoder of an encoder's layer."""
 

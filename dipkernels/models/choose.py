@@ -22,6 +22,7 @@ from .convertible import (
     alike,
     block_names,
     cannot,
+    computing_weights,
     counts_as,
     feature_dim_of,
     has_lazy_weights,
@@ -130,8 +131,9 @@ def _asked_before(names: Names, before: Sequence[str] | Mapping[str, int]) -> di
     found = {m: patterns.all(*every_name) for m, every_name in names.items()}
     patterns.require_used([*chain(*names.values())])
     asked: dict[nn.Module, int] = {}
+    computing = computing_weights(module for module, hits in found.items() if hits)
     for module, hits in found.items():
-        if hits:
+        if hits and module not in computing:
             reason = no_twin(module)
             if reason is not None:
                 raise ValueError(

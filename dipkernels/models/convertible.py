@@ -509,8 +509,7 @@ def unnoised(
     relative positions, count as layers only where the name of a matrix begins with `weight`.
     """
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    parametrised: Any = filter(nn.utils.parametrize.is_parametrized, names)
-    counted = {p for m in parametrised for p in m.parametrizations.modules()}  # with the module
+    counted = computing_weights(names)  # with the module
     own = {m: own_matrices(m) for m in names if m not in counted and not isinstance(m, kinds)}
     total = sum({id(p): p.numel() for each in own.values() for p in each.values()}.values())
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
@@ -520,7 +519,7 @@ def unnoised(
         around_layers = any(child in known for child in module.modules())
         if around_layers and all(p.ndim == 2 and "weight" not in n for n, p in matrices.items()):
             continue  # positions, tokens, states: a model's or a block's own, beside its layers
-        by_class.setdefault(type(module), []).append(module)
+        by_class.setdefault(_class_of(module), []).append(module)
     found = {}
     for kind, modules in by_class.items():
         share = sum(p.numel() for m in modules for p in own[m].values()) / total
@@ -548,7 +547,16 @@ def _is_quiet(module: nn.Module) -> bool:
     return plain or table or known or package.startswith("peft.")
 
 
+def computing_weights(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """The modules inside the parametrised ones of these, from which their weights are computed."""
+    parametrised: Any = filter(nn.utils.parametrize.is_parametrized, modules)
+    return {p for m in parametrised for p in m.parametrizations.modules()}
+
+
 # ---- how they are named together -----------------------------------------------------------------
+
+# of a parametrised module, for each of which torch makes a class, the class before that
+_class_of = nn.utils.parametrize.type_before_parametrizations
 
 
 def alike(reasons: Mapping[nn.Module, str], names: Names) -> dict[tuple[nn.Module, ...], str]:
@@ -556,7 +564,8 @@ def alike(reasons: Mapping[nn.Module, str], names: Names) -> dict[tuple[nn.Modul
     numbers alone."""
     groups: dict[tuple[type, str, str], list[nn.Module]] = {}
     for module, reason in reasons.items():
-        groups.setdefault((type(module), reason, _wide(names[module][0])), []).append(module)
+        key = (_class_of(module), reason, _wide(names[module][0]))
+        groups.setdefault(key, []).append(module)
     return {tuple(modules): reason for (_, reason, _), modules in groups.items()}
 
 
@@ -575,7 +584,7 @@ def shown_together(modules: Sequence[nn.Module], names: Names) -> str:
 def _patterns(modules: Sequence[nn.Module], names: Names) -> list[str]:
     """Patterns for the names of these, one for those that differ in their numbers alone; none
     matches another module's."""
-    own = set(modules)
+    own = {*modules, *computing_weights(modules)}
     by_pattern: dict[str, list[str]] = {}
     for module in modules:
         by_pattern.setdefault(_wide(names[module][0]), []).append(names[module][0])
