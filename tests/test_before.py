@@ -267,6 +267,19 @@ class Spectral(nn.Module):
         return torch.fft.irfft(y, n=x.shape[-1])
 
 
+class Recurrent(nn.Module):
+    """A linear recurrent unit: complex matrices beside a layer, real input and output."""
+
+    def __init__(self):
+        super().__init__()
+        self.B = nn.Parameter(torch.randn(6, 8, dtype=torch.complex64))
+        self.C = nn.Parameter(torch.randn(8, 6, dtype=torch.complex64))
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out((x.to(self.B.dtype) @ self.B.mT @ self.C.mT).real)
+
+
 class Kernel(nn.Module):
     """A convolution of another package."""
 
@@ -347,6 +360,7 @@ def beside_a_head(module, features=8):
             r"odd \(ParametrizedConvTranspose1d\): 75\.0%.*\(weight\.original1\)",
         ),
         (lambda: beside_a_head(Spectral()), r"odd \(Spectral\): 80.0%"),
+        (lambda: beside_a_head(Recurrent()), r"odd \(Recurrent\): 42\.9%.*\(B, C\)"),
         # no pattern that would name the layers between
         (
             lambda: nn.Sequential(nn.Linear(8, 8), Kernel(), nn.ReLU(), Kernel()),

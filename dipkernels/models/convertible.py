@@ -491,6 +491,11 @@ def _is_matrix(name: str, p: Tensor) -> bool:
     return sum(size != 1 for size in p.shape) >= 2 and not embedded and not _is_mask(p)
 
 
+def _may_be_a_table(name: str, p: Tensor) -> bool:
+    """Whether it may be of positions, tokens or states, which are real."""
+    return p.ndim == 2 and "weight" not in name and not p.is_complex()
+
+
 def _is_mask(p: Tensor) -> bool:
     """Whether it is of zeros and ones, by its first entries. One of zeros alone may be a weight
     that is not loaded yet."""
@@ -517,8 +522,8 @@ def unnoised(
         if not matrices or module in known or is_inside(names[module], blocks) or _is_quiet(module):
             continue
         around_layers = any(child in known for child in module.modules())
-        if around_layers and all(p.ndim == 2 and "weight" not in n for n, p in matrices.items()):
-            continue  # positions, tokens, states: a model's or a block's own, beside its layers
+        if around_layers and all(_may_be_a_table(*each) for each in matrices.items()):
+            continue  # a model's or a block's own, beside its layers
         by_class.setdefault(_class_of(module), []).append(module)
     found = {}
     for kind, modules in by_class.items():
