@@ -512,6 +512,38 @@ def test_a_layer_that_its_parent_only_reads_is_named_and_left_alone(kind):
     assert dip.check(model, X)
 
 
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.qkv(x))
+
+
+class Reimplements(Calls):
+    def forward(self, x):
+        return self.out(F.linear(x, self.qkv.weight, self.qkv.bias))
+
+
+class Adds(Calls):
+    def forward(self, x):
+        return super().forward(x) + F.linear(x, self.qkv.weight)
+
+
+class AddsByName(Calls):
+    def forward(self, x):
+        return Calls.forward(self, x) + F.linear(x, self.qkv.weight)
+
+
+def test_a_method_that_a_subclass_replaces_calls_nothing():
+    with pytest.warns(dip.DIPConversionWarning, match=r"qkv \(Linear\): Reimplements reads"):
+        assert [*dip_layers(dip.convert(Reimplements()))] == ["out"]
+    for kind in (Adds, AddsByName):
+        with no_warning():
+            assert [*dip_layers(dip.convert(kind()))] == ["qkv", "out"]
+
+
 class LowRank(nn.Module):
     """A parametrisation with weights of its own."""
 

@@ -390,7 +390,7 @@ def read_past(kind: Any) -> frozenset[str]:
     """
     if kind.forward is nn.Sequential.forward:  # which calls every child
         return frozenset()
-    read, used = set(), set()
+    read, used, replaced = set(), set(), set()
     for base in kind.__mro__:
         if base in (nn.Module, object) or (base in TWINS and base is not kind):
             continue
@@ -399,7 +399,9 @@ def read_past(kind: Any) -> frozenset[str]:
                 inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
             )
             code = getattr(function, "__code__", None)
-            if code is not None:
+            if code is not None and name not in replaced:
+                if "__class__" not in code.co_freevars and name not in code.co_names:
+                    replaced.add(name)  # by a method that calls no base class's
                 for child, is_read in _mentions(code, code.co_varnames[:1]):
                     if not is_read:
                         used.add(child)
