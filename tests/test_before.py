@@ -280,6 +280,11 @@ class Recurrent(nn.Module):
         return self.out((x.to(self.B.dtype) @ self.B.mT @ self.C.mT).real)
 
 
+class HandsOn(PygLinear):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
 class Kernel(nn.Module):
     """A convolution of another package."""
 
@@ -360,6 +365,10 @@ def beside_a_head(module, features=8):
             r"odd \(ParametrizedConvTranspose1d\): 75\.0%.*\(weight\.original1\)",
         ),
         (lambda: beside_a_head(Spectral()), r"odd \(Spectral\): 80.0%"),
+        (
+            lambda: beside_a_head(HandsOn(8, 8)),
+            r"odd \(HandsOn\): 50\.0%.*a DIPInput in front.*: its forward takes no first argument$",
+        ),
         (lambda: beside_a_head(Recurrent()), r"odd \(Recurrent\): 42\.9%.*\(B, C\)"),
         # no pattern that would name the layers between
         (

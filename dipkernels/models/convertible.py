@@ -535,10 +535,15 @@ def unnoised(
             continue
         shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
         elsewhere = _ELSEWHERE * (not kind.__module__.startswith("torch.nn."))
+        way_out = (
+            f"before={_patterns(modules, names)} with batches=[...] puts noise at its "
+            f"input{elsewhere}"
+        )
+        if refused := next(filter(None, map(no_twin, modules)), None):
+            way_out = f"put a DIPInput in front of it, as before=[...] cannot take it: {refused}"
         found[tuple(modules)] = (
             f"{share:.1%} of the model's matrix weights are its own tensors ({shown}), which "
-            f"get no noise: before={_patterns(modules, names)} with batches=[...] puts noise at "
-            f"its input{elsewhere}"
+            f"get no noise: {way_out}"
         )
     return found
 
