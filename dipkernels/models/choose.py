@@ -19,23 +19,17 @@ from .convertible import (
     TWINS,
     Names,
     Types,
-    alike,
-    block_names,
-    cannot,
-    computing_weights,
     counts_as,
     feature_dim_of,
-    has_lazy_weights,
     is_candidate,
-    is_inside,
     no_twin,
-    own_matrices,
     put_away,
-    shown_together,
-    unnoised,
 )
+from .loose_weights import has_lazy_weights, own_matrices, unnoised
 from .marks import noised_where_made
-from .patterns import Patterns, around, strings
+from .naming import alike, computing_weights, shown_together
+from .patterns import Patterns, around, is_inside, strings
+from .refused import block_names, cannot
 
 
 @dataclasses.dataclass(frozen=True)

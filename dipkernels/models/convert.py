@@ -26,22 +26,21 @@ from ..worlds import is_dtensor
 from .choose import Choice, choose
 from .convertible import (
     Names,
-    alike,
     base_layer,
     feature_dim_of,
     features_of,
     forward_set_by,
     put_away,
-    read_past,
-    shown_together,
     twin_before,
     twin_of,
-    unnoised,
 )
+from .loose_weights import unnoised
 from .marks import forget, new_beside_producers, noises_outputs, remember
+from .naming import alike, shown_together
 from .patterns import Patterns, require_alike, shared_groups, value_of_each
 from .place import UNREACHED, ProducerPlan, find_moves
 from .probe import listed, probed
+from .weight_readers import read_past
 
 PLACES = ("input", "producer")
 

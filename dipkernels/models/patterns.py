@@ -104,6 +104,11 @@ def around(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
+def is_inside(every_name: list[str], blocks: set[str]) -> bool:
+    """Whether one of these names lies inside one of the blocks."""
+    return any(outer in blocks for name in every_name if name for outer in around(name)[:-1])
+
+
 def _no_match(argument: str, unused: list[str], names: Iterable[str], what: str) -> str:
     own = {name: name.rpartition(".")[2] for name in names if name}
     late = [p for p in unused if _matches(p, own)]

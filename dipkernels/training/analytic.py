@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional
 from ..models.convertible import is_conv1d_type
-from ..models.place import activation_kind, may_produce
+from ..models.forms import activation_kind, may_produce
 from ..models.probe import around, input_of
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
