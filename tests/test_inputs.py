@@ -25,7 +25,7 @@ class Shifted(nn.Module):
 
 
 def twin():
-    layer = twin_type(Shifted)()
+    layer = twin_type(Shifted, -1)()
     layer._set_up(4, 0.01, 1, "cpu")
     return layer
 

@@ -152,6 +152,16 @@ def test_a_cuda_graph_captured_under_a_key_keeps_it_and_says_so(monkeypatch):
     assert {id(t) for t in contexts._captured.values()} == {id(t) for t in read}
 
 
+def test_a_layer_whose_stream_lies_on_another_device_draws_the_same_noise():
+    """As a replica of nn.DataParallel, which has its original's."""
+    model, x = number_layers(nn.Sequential(DIPLinear(8, 8), DIPLinear(8, 8))), torch.randn(2, 8)
+    with fixed_noise(7):
+        expected = model(x)
+        for layer in model:
+            layer.__dict__["_stream"] = layer._stream.to("meta")
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("used", [False, True])
 def test_a_key_starts_no_gpu_that_the_process_does_not_use(monkeypatch, used):
     """A forked process could not: CUDA raises there, where a model on the CPU wants none of it."""

@@ -37,7 +37,7 @@ class Everything(nn.Module):
         self.input = dip.DIPInput(3, dim=1)
         self.conv, self.norm = dip.DIPConv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.attention = dip.DIPMultiheadAttention(4, 2, batch_first=True)
-        self.twin = twin_type(Scaled)()
+        self.twin = twin_type(Scaled, -1)()
         self.twin._set_up(4, 0.01, 1, "cpu")
         self.mean = dip.DIPLinear(4, 6, num_samples=2, activation="gelu", estimator="mean")
         self.exact = dip.DIPLinear(6, 5, activation="relu", estimator="analytic")

@@ -265,7 +265,11 @@ def test_skip_init_takes_every_class(kind, args):
     assert not any(p.is_meta for p in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", [DIPConv1d, DIPConv2d, DIPConv3d, dip.DIPMultiheadAttention])
+PLAIN = (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, dip.DIPMultiheadAttention)
+PLAIN += (dip.DIPLayerNorm, dip.DIPRMSNorm, dip.DIPGatedActivation)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
 def test_layers_take_the_plain_ones_arguments(kind):
     plain = list(inspect.signature(kind.plain_type).parameters.values())
     own = list(inspect.signature(kind).parameters.values())

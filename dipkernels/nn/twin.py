@@ -63,9 +63,7 @@ class _Twin(Wrapper):
         return self._dip_plain(u, *args, **kwargs)
 
 
-def twin_type(
-    plain_type: type[nn.Module], feature_dim: int = -1, name: str = ""
-) -> type[nn.Module]:
+def twin_type(plain_type: type[nn.Module], feature_dim: int, name: str = "") -> type[nn.Module]:
     """The DIP twin of a class that another package defines, made once; `name` for its first use."""
     return made_type(_Twin, plain_type, name, feature_dim=feature_dim)
 
