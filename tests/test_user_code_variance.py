@@ -101,6 +101,15 @@ def test_a_cast_past_the_module_is_undone_and_said(dtype):
         model(x.to(dtype)), model.double()(x.double())
 
 
+def test_a_float64_log_variance_of_a_functional_call_is_not_rounded():
+    layer, x = DIPLinear(6, 3).double(), torch.randn(4, 6).double()
+    given = layer.log_variance.detach() + 1e-12 * torch.arange(6)
+    with dip.fixed_noise(1):
+        found = torch.func.functional_call(layer, {"variance.log_variance": given}, x)
+        layer.log_variance.data = given
+        assert torch.equal(found, layer(x))
+
+
 def test_no_module_shows_what_is_no_weight_as_a_weight():
     attention = dip.DIPMultiheadAttention(8, 2)
     model = nn.ModuleList([make(), DIPConv2d(3, 4, 1), DIPInput(5), attention])
