@@ -352,6 +352,10 @@ def beside_a_head(module, features=8):
         (lambda: beside_a_head(NormedLinear(8, 8)), r"odd \(NormedLinear\): 50\.0%"),
         (lambda: beside_a_head(Listed()), r"odd \(Listed\): 66\.7%.*experts\.0, experts\.1"),
         (lambda: beside_a_head(InEightBits()), r"odd \(InEightBits\): 50\.0%.*\(w8\)"),
+        (
+            lambda: nn.Sequential(nn.Sequential(InEightBits()), nn.Linear(8, 8)),
+            r"(?s)1 module\(s\).*0\.0 \(InEightBits\)",
+        ),
         (lambda: beside_a_head(nn.GRU(8, 8)), r"odd \(GRU\)"),
         (
             lambda: nn.Sequential(nn.Linear(200, 200), nn.LSTM(4, 4)),
@@ -381,6 +385,8 @@ def test_weights_that_are_in_no_layer_are_named_with_their_share(make, message):
     with pytest.warns(dip.DIPConversionWarning, match=message) as caught:
         dip.convert(make())
     assert len(caught) == 1
+    with pytest.warns(dip.DIPConversionWarning, match=message):
+        dip.convert(make(), filter=lambda module, name: not name.startswith("another"))
     # a filter says which
     dip.convert(make(), filter=lambda module, name: isinstance(module, nn.Linear))
     dip.convert(make(), filter=lambda module, name: module.in_features > 0)

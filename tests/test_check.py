@@ -293,6 +293,18 @@ def test_the_gradient_of_the_kl_term_hides_no_layer_without_noise(per, start):
         assert list(found) == ["unused"] and "does not reach the loss" in found["unused"]
 
 
+@pytest.mark.parametrize("features", [2, 3])
+def test_the_gradient_of_the_kl_term_hides_no_layer_of_few_features(features):
+    model = dip.convert(nn.Sequential(nn.Linear(features, features), nn.Linear(features, 2)))
+    with torch.no_grad():
+        for layer in model:
+            layer.log_variance.add_(torch.rand(features))
+    with dip.noise_off():
+        loss = model(torch.randn(8, features)).square().mean()
+    (loss + dip.kl_penalty(model)).backward()
+    assert list(faults(model)) == ["0", "1"]
+
+
 @pytest.mark.parametrize("moved, size", [(1e-6, 1e-4), (0.05, 1e-7)])
 def test_a_gradient_that_the_kl_terms_rounding_hides_is_no_fault(moved, size):
     """By SGD, which hardly moves a variance; and in an attention at its start, whose gradients are
@@ -409,6 +421,16 @@ def test_layers_that_moved_or_were_taken_out_are_no_fault(change):
     assert not faults(model)
 
 
+def test_a_layer_whose_producer_was_replaced_is_converted_again():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
+    dip.convert(model, place="producer", batches=X)
+    model[0] = nn.LayerNorm(8)
+    with pytest.raises(ValueError, match="convert again"):
+        dip.check(model, X)
+    dip.convert(model)
+    assert isinstance(model[1], dip.DIPLinear) and dip.check(model, X)
+
+
 def test_a_replaced_layer_is_named_in_a_part_of_the_model():
     model = dip.convert(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 8)))
     model[0].linear1 = nn.Linear(8, 16)
@@ -469,6 +491,7 @@ def with_slots(y):
 def an_object(y):
     out = types.SimpleNamespace(logits=y)
     out.itself = [out]
+    out.itself.append(out.itself)
     return out
 
 
