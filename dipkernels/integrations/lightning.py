@@ -87,7 +87,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
         self.asked, self.batches = config, batches
         self.calibration_batches = integer("calibration_batches", calibration_batches, 1)
-        self._checked, self._at = False, (-1, 0)
+        self._checked = False
         self._to_plain = False
         self._noise, self._wrapped = contextlib.ExitStack(), contextlib.ExitStack()
 
