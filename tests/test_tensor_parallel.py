@@ -76,7 +76,7 @@ def layouts(world):
 
 
 def check_u(rank, world, mesh, cases):
-    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     for shape, dim, placements in cases:
         x, g = torch.randn(shape), torch.randn(shape)
@@ -85,20 +85,18 @@ def check_u(rank, world, mesh, cases):
         where = {"dim": dim, "row0": 3, "col0": 8}
         want = functional.perturb(leaf, want_sigma, SEED, **where)
         want.backward(g)
-        for sigma_is_dtensor in (False, True):
+        whole = [Replicate()] * mesh.ndim
+        split = [Shard(0) if p.is_shard(dim % x.ndim) else Replicate() for p in placements]
+        for layout in (None, whole, split):
             dx = distribute_tensor(x, mesh, placements).requires_grad_()
-            s = (
-                distribute_tensor(sigma, mesh, [Replicate()] * mesh.ndim)
-                if sigma_is_dtensor
-                else sigma.clone()
-            )
+            s = sigma.clone() if layout is None else distribute_tensor(sigma, mesh, layout)
             s.requires_grad_()
             u = functional.perturb(dx, s, SEED, **where)
             assert u.placements == tuple(placements)
             assert torch.equal(u.full_tensor(), want), (shape, placements)
             u.backward(distribute_tensor(g, mesh, placements))
             assert torch.equal(dx.grad.full_tensor(), g)
-            assert is_dtensor(s.grad) == sigma_is_dtensor
+            assert is_dtensor(s.grad) == (layout is not None)
             torch.testing.assert_close(dtensor.full(s.grad), want_sigma.grad, rtol=1e-5, atol=1e-5)
     # a sum that is still to be made over the ranks is made first
     part = torch.full((4, 8), float(rank))
