@@ -1,7 +1,7 @@
 """What goes wrong around the package leaves a clear error and nothing lost: memory, exceptions,
 Ctrl-C, disks, checkpoints.
 
-docs/reliability.md. A failed allocation inside a kernel: test_guards.py.
+docs/reliability.md. A failed allocation inside a kernel: test_guard_pages.py.
 """
 
 import signal

@@ -58,7 +58,7 @@ csrc/**/norm* csrc/**/gate*: producers
 csrc/cpu/samples* csrc/cpu/vector_math*: samples averaging
 csrc/cpu/convert*: noise perturb samples
 csrc/cpu/dispatch*: backends.py::TestDispatch
-csrc/cpu/*: perturb noise guards properties samples producers
+csrc/cpu/*: perturb noise guard_pages properties samples producers
 csrc/perturb_op.cpp: cuda_glue perturb noise ops fuzz
 csrc/**/*: perturb ops noise samples expectation producers fuzz
 triton_kernels/perturb.py triton_kernels/noise.py: ptx_triton
@@ -81,6 +81,7 @@ dipkernels/**/attention.py: attention layers
 dipkernels/**/tracing.py: tracing worlds
 dipkernels/**/decay.py: user_code_variance layers
 dipkernels/**/twin.py: before convert layers
+dipkernels/**/sharing.py: models user_code_variance
 dipkernels/nn/*.py: layers seeds inputs user_code_variance user_code_loaders faults convert
     averaging first_mistakes
 dipkernels/**/dtensor.py: tensor_parallel
@@ -99,7 +100,7 @@ dipkernels/integrations/peft.py: integration_peft adapters user_code_loaders
 dipkernels/integrations/transformers.py: integration_transformers integration_deepspeed
 dipkernels/integrations/*.py: integration_accelerate integration_lightning
     integration_transformers
-dipkernels/ops/*.py: ops perturb linear averaging noise backends compile
+dipkernels/ops/*.py: ops perturb linear averaging noise backends compile check
 dipkernels/**/backends.py: backends ops env_report wheel
 dipkernels/**/worlds.py: compile layers tensor_parallel
 dipkernels/**/*.py: layers convert
@@ -145,6 +146,38 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
     "88db834a5b": (
         "place.py: the size of the rows on which a norm's eps is seen",
         "Any size near the root of eps shows it, and 0.505 for its power is as near.",
+    ),
+    "44d64b0f6b": (
+        "row_blocks.py: the dimension of the features of what is flat",
+        "It has two dimensions, so 1 and -1 are one.",
+    ),
+    "521baf5800": (
+        "contexts.py: 2^63 taken away in place of added, before mod 2^64",
+        "They differ by 2^64.",
+    ),
+    "f501d1b63b": (
+        "convertible.py: [1, N] is no matrix for another reason",
+        "It has one dimension of a size above 1, so it was none before.",
+    ),
+    "e279abc937": (
+        "noise.py: a difference times 0 in place of a sum times 0",
+        "It is there for its shape.",
+    ),
+    "b771450330": (
+        "tiles.py: how many processors the interpreter is said to have",
+        "It shares out the work.",
+    ),
+    "03d1f5ae3f": (
+        "dtensor.py: run_check=False left out",
+        "False is torch's default.",
+    ),
+    "faf2418a10": (
+        "seeds.py: the int64 of torch.randint left out",
+        "It is torch's default.",
+    ),
+    "7307fa891c": (
+        "variance.py: a strict zip of two lists of one length",
+        "The second is made from the first.",
     ),
     "36ef7395ed": (
         "registry.py: a fake is registered without the library",
