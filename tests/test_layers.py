@@ -189,6 +189,13 @@ def test_a_bad_init_variance_is_named(make, bad):
         make(bad)
 
 
+def test_features_lie_in_the_last_dimension_by_default():
+    x = torch.randn(2, 3, 4)
+    for layer in (DIPInput(4), dip.DIPActivation(4, "relu"), dip.DIPGatedActivation(4)):
+        inputs = (x, x) if isinstance(layer, dip.DIPGatedActivation) else (x,)
+        assert layer(*inputs).shape == x.shape
+
+
 def test_repr_shows_the_initial_variance():
     assert "in_features=4, out_features=2, bias=True, init_variance=0.25, num_samples=3" in repr(
         DIPLinear(4, 2, init_variance=0.25, num_samples=3)

@@ -70,7 +70,7 @@ triton_kernels/expectation.py triton_kernels/mixtures.py: expectation ptx_triton
     triton_interpreter
 dipkernels/reference.py: noise perturb linear expectation producers properties
 dipkernels/**/seeds.py dipkernels/noise/*.py: seeds layers trajectories lifecycle faults worlds
-    checkpointing keys arguments
+    checkpointing keys arguments distributed
 dipkernels/**/row_blocks.py dipkernels/**/expectation.py: averaging properties
 dipkernels/**/functional.py: perturb linear averaging layers properties seeds worlds
     first_mistakes
