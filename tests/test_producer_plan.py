@@ -452,6 +452,10 @@ def dropped(self, y):
     return F.dropout(y, 0.1, self.training)
 
 
+def dropped_in_eval_mode_too(self, y):
+    return F.dropout(y, 0.1)
+
+
 @pytest.mark.parametrize(
     "make, layer, reason",
     [
@@ -480,6 +484,7 @@ def dropped(self, y):
         (between(in_place), "a", "add_? in the model itself"),
         (between(repeated_rows), "a", "with other features, or some entries twice"),
         (between(dropped), "b", "dropout in the model itself"),
+        (between(dropped_in_eval_mode_too), "b", "its input is made by dropout in the model"),
         (between(torch.detach), "b", "detach in the model itself"),
         (forward(past_the_norms_hooks), "a", "called in several places, and different layers"),
         (forward(past_a_layers_hooks), "a", "in more than one place: layer_norm .* linear in stem"),
