@@ -60,6 +60,7 @@ def own_group(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> 
     moved = {id(p) for p in group["params"]}
     for other in optimizer.param_groups:
         other["params"] = [p for p in other["params"] if id(p) not in moved]
+    optimizer.param_groups[:] = [other for other in optimizer.param_groups if other["params"]]
     if not all("name" in other for other in optimizer.param_groups):
         del group["name"]
     optimizer.add_param_group(group)
