@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import os
 import random
 import warnings
@@ -347,6 +348,13 @@ def test_what_runs_after_the_context_is_not_decorated(context):
     for function in (generator, coroutine, stream):
         with pytest.raises(TypeError, match=f"^{type(context).__name__}: .*{function.__name__}"):
             context(function)
+        with pytest.raises(TypeError, match=f"^{type(context).__name__}: .*{function.__name__}"):
+            context(functools.partial(function))
+        wrapped = context(lambda function=function: function())  # as a decorator of others makes it
+        with pytest.raises(
+            TypeError, match=f"^{type(context).__name__}: expected a plain function"
+        ):
+            wrapped()
 
 
 # ---- of the tests themselves ---------------------------------------------------------------------

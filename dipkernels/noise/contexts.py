@@ -9,8 +9,10 @@ missed by the backward thread.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
+import types
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+# what a function returns whose body has not run yet
+_RUN_LATER = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
 # [row0, 0, entries], without numbers: a module's integer would be a constant to torch.compile, and
 # each new one another graph
@@ -102,12 +106,26 @@ class _State(contextlib.ContextDecorator):
             or inspect.iscoroutinefunction(func)
             or inspect.isasyncgenfunction(func)
         ):
-            raise TypeError(
-                f"{type(self).__name__}: expected a plain function to decorate, got the generator "
-                f"or coroutine {func.__qualname__}, whose body runs after the context has ended: "
-                "write `with` inside it"
-            )
-        return super().__call__(func)
+            raise self._runs_later(func)
+        inside = super().__call__(func)
+
+        @functools.wraps(func)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            made = inside(*args, **kwargs)
+            if isinstance(made, _RUN_LATER):
+                if isinstance(made, types.CoroutineType):
+                    made.close()  # Python would warn that nobody awaits it
+                raise self._runs_later(func)
+            return made
+
+        return run  # type: ignore[return-value]
+
+    def _runs_later(self, func: Callable[..., Any]) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__}: expected a plain function to decorate, got the generator or "
+            f"coroutine {getattr(func, '__qualname__', func)}, whose body runs after the context "
+            "has ended: write `with` inside it"
+        )
 
 
 class fixed_noise(_State):
