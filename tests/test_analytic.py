@@ -155,6 +155,23 @@ def test_analytic_prediction_follows_layers_inside_a_module_with_noise_before_it
     assert not torch.equal(got, dip.predict(plain, x, k=0))
 
 
+class _Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        return F.relu(x @ self.weight.T)
+
+
+def test_analytic_prediction_refuses_an_activation_inside_a_module_with_noise_before_it():
+    """Its answer would be the plain network's."""
+    x = torch.randn(6, 8)
+    model = dip.convert(nn.Sequential(_Expert()), 0.3, before=["0"], batches=[x])
+    with pytest.raises(ValueError, match="that of '0' goes into relu, and its variance"):
+        dip.predict(model, x, method="analytic")
+
+
 def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():
     """One noised layer before the activation and an affine one after: the logits' mean is exact."""
     errors, effect = compared(one_hidden(nn.GELU(), 32, 4), torch.randn(5, 8))

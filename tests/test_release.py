@@ -15,7 +15,8 @@ import dipkernels as dip
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-PAGES = [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "quickstart.md"]
+PAGES = [*(ROOT / "docs" / "guides").glob("*.md")]
+PAGES += [ROOT / "docs" / "quickstart.md", ROOT / "docs" / "models.md"]
 PAGES = [page for page in PAGES if "```python" in page.read_text()]
 # tests/test_trainers_guide.py: each block is a program
 PAGES.remove(ROOT / "docs" / "guides" / "trainers.md")

@@ -14,7 +14,7 @@ from ..distributed import replicate_variance
 from ..functional import KEEPS
 from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
-from ..nn.layer import DIPLayer, weight_of
+from ..nn.layer import DIPLayer, has_own_forward, weight_of
 from ..nn.linear import DIPLinear
 from ..nn.numbering import Model, dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
@@ -270,7 +270,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     ignored = {*vars(model).pop("_ddp_params_and_buffers_to_ignore", ())} - own_buffers(layers)
     if ignored:
         model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
-    if isinstance(inmost(model), DIPInput):
+    if _is_noise_alone(inmost(model)):
         return nn.Identity()
     for module in list(model.modules()):
         if isinstance(module, DIPMultiheadAttention):
@@ -278,10 +278,10 @@ def to_plain(model: nn.Module) -> nn.Module:
         elif isinstance(module, MadeTwin) and not isinstance(module, DIPLayer):
             # a block of a gated product, or a model of PEFT that carried its variances
             module.__class__ = module.plain_type  # type: ignore[assignment]
-        elif isinstance(module, DIPLayer) and not isinstance(module, DIPInput):
+        elif isinstance(module, DIPLayer) and not _is_noise_alone(module):
             _become_plain(module)
         for name, child in module._modules.items():
-            if child is not None and isinstance(inmost(child), DIPInput):  # what wraps it goes too
+            if child is not None and _is_noise_alone(inmost(child)):  # what wraps it goes too
                 module._modules[name] = nn.Identity()
     forget(model)
     return model
@@ -446,11 +446,13 @@ def _stays_dip(module: nn.Module) -> str | None:
     """Why this module cannot be turned back: an error with a place for names."""
     if not isinstance(module, (DIPLayer, DIPMultiheadAttention)):
         return None
-    if "plain_type" not in vars(type(module)) and not isinstance(module, DIPInput):
+    mere = isinstance(module, DIPInput) and not has_own_forward(module)
+    if not mere and "plain_type" not in vars(type(module)):
         return (
             "model: expected DIP layers that convert knows, got subclasses of them: {}; if they "
             "are parametrised (weight_norm), call "
-            "torch.nn.utils.parametrize.remove_parametrizations first"
+            "torch.nn.utils.parametrize.remove_parametrizations first; in a class of your own set "
+            "plain_type = the class that computes the same without noise"
         )
     if forward_set_by(module) == "accelerate":
         return (
@@ -469,6 +471,11 @@ def _stays_dip(module: nn.Module) -> str | None:
             "inside; give it a module of its own behind the layer"
         )
     return None
+
+
+def _is_noise_alone(module: nn.Module) -> bool:
+    """Whether nothing is left of it without noise."""
+    return isinstance(module, DIPInput) and "plain_type" not in vars(type(module))
 
 
 def _become_plain(module: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..arguments import described
+from ..nn.layer import DIPLayer
 from ..nn.twin import first_parameter
 from ..noise import contexts
 
@@ -277,20 +278,12 @@ def watch(
     batches: Iterable[Any],
 ) -> None:
     """Run the batches in eval mode without noise, with observe(module, args, kwargs) before each
-    call of the modules.
-
-    Of a module that noises its output, args is that output.
-    """
-
-    def observe_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        observe(module, (output,), {})
-
+    call of the modules; of a DIP layer args is what it would noise, which may be its output, or
+    what a subclass makes of its input."""
     with contextlib.ExitStack() as watched, eval_mode(model):
         for module in modules:
-            if getattr(module, "noises_output", False):
-                watched.enter_context(around(module, after=observe_output))
-            else:
-                watched.enter_context(around(module, observe))
+            name = "without_noise" if isinstance(module, DIPLayer) else "forward"
+            watched.enter_context(around(module, observe, name=name))
         for_each(batches, lambda batch: run_batch(model, batch))
 
 

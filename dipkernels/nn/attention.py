@@ -182,12 +182,12 @@ class DIPMultiheadAttention(BesideWeights, nn.MultiheadAttention):
 
     def _calls_parts(self) -> bool:
         """Whether the projections have to be called: for noise, or for what looks at their calls:
-        hooks, and calibrate, which sets their forward."""
+        hooks, and check and calibrate, which set methods of theirs."""
         return any(
             part.noisy()
             or part._forward_hooks
             or part._forward_pre_hooks
-            or "forward" in vars(part)
+            or not vars(part).keys().isdisjoint(("forward", "without_noise"))
             for part in self._parts()
         )
 

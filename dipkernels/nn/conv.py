@@ -11,6 +11,8 @@ from .. import worlds
 from ..ops import conv
 from .layer import DIPLayer, node_of, noised, with_noise
 
+_TORCHS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+
 
 class _DIPConv(DIPLayer):
     in_channels: int
@@ -61,8 +63,9 @@ class _DIPConv(DIPLayer):
 
     def _window(self, input: Tensor) -> conv.Window | None:
         """How this layer's window moves over a batch; None where torch pads or groups the input in
-        another way."""
+        another way, or a subclass convolves in its own."""
         plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        plain = plain and type(self)._conv_forward in _TORCHS
         if not plain or self.share is not None or input.dim() != 1 - self.feature_dim:
             return None
         return conv.Window(self.stride, self.padding, self.dilation, self.groups)

@@ -38,6 +38,21 @@ class BesideWeights(Mixin):
     """A module with variances beside its weights: where those come from the meta device, whatever
     brings them gives these their values too."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        behind: list[type] = []  # whose forward comes behind the DIP class's
+        for kind in cls.__mro__:
+            if "forward" in vars(kind):
+                behind = [] if issubclass(kind, BesideWeights) else [*behind, kind]
+        if hasattr(cls, "made_of") or not behind:  # convert looks at what it makes a twin of
+            return
+        if not behind[0].__module__.startswith(("torch.nn.", "dipkernels.")):
+            raise TypeError(
+                f"{cls.__name__}: expected torch's own forward behind the DIP class, got that of "
+                f"{behind[0].__name__}, which a noisy pass would not call; inherit from the DIP "
+                f"class alone, and compute the rest in a forward of {cls.__name__}"
+            )
+
     def _beside(self) -> dict[str, Variance]:
         return {name: part for name, part in self.named_modules() if isinstance(part, Variance)}
 
@@ -265,6 +280,13 @@ def weight_of(module: Any) -> Any:
         return weight
     sources = (p for name, p in own.items() if p is not None and name.startswith("weight_"))
     return next((p for p in sources if p.shape == weight.shape), weight)
+
+
+def has_own_forward(layer: DIPLayer) -> bool:
+    """Whether its class is a user's subclass of a DIP class, with a forward of its own: what that
+    computes before and behind the noise nobody knows."""
+    package = __name__.partition(".")[0]
+    return getattr(type(layer).forward, "__module__", "").partition(".")[0] != package
 
 
 def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | None:

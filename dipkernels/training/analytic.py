@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
-from ..models.convertible import is_conv1d_type
+from ..models.convertible import is_adapter, is_conv1d_type
 from ..models.forms import activation_kind, may_produce
 from ..models.probe import around, input_of
-from ..nn.layer import DIPLayer
+from ..nn.layer import DIPLayer, has_own_forward
 from ..nn.linear import DIPLinear
 from ..nn.numbering import named_layers
 from ..noise import contexts
@@ -240,6 +240,8 @@ def _squared_slope(
 
 def _is_linear(layer: DIPLayer) -> bool:
     """Whether it is a DIPLinear, or has the weight of one transposed, as transformers' Conv1D."""
+    if has_own_forward(layer):
+        return False
     return isinstance(layer, DIPLinear) or is_conv1d_type(getattr(layer, "plain_type", None))
 
 
@@ -257,7 +259,8 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     replaced by its expectation (see above).
 
     Raises ValueError for an activation without a closed form here, or one behind a convolution, a
-    DIPInput, a LoRA layer or a norm; and for a model some of whose modules noise their output.
+    DIPInput, a LoRA layer or a norm, or inside what has noise before it; and for a model some of
+    whose modules noise their output.
     """
     layers = named_layers(model)
     producers = [name or "(root)" for name, layer in layers.items() if layer.noises_output]
@@ -270,6 +273,14 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     def enter(*call: object) -> None:
         mode.inside += 1
+
+    def noised(layer: Any, args: Any, kwargs: Any, same: Any) -> Any:
+        """Of what a layer computes inside, an expert or a user's subclass, its noised input."""
+        if not isinstance(same, Tensor):
+            return None
+        same = same.view_as(same)  # not what others read beside it
+        mode.mark(same, None, names[layer], (layer,) if is_adapter(layer) else ())
+        return same
 
     def behind(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         linear = _is_linear(layer)
@@ -287,7 +298,10 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
         for layer in names:
-            stack.enter_context(around(layer, enter if _is_linear(layer) else None, behind))
+            linear = _is_linear(layer)
+            stack.enter_context(around(layer, enter if linear else None, behind))
+            if not linear:
+                stack.enter_context(around(layer, after=noised, name="without_noise"))
         for module in model.modules():  # torch's own call the functions that are followed
             if may_produce(module) and not type(module).__module__.startswith("torch.nn."):
                 stack.enter_context(mode.around(module))

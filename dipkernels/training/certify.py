@@ -228,14 +228,14 @@ def _compares_examples(model: nn.Module, x: Tensor) -> bool:
 
 
 def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
-    """Whether the output depends on x where what the layer returns is held."""
+    """Whether the output depends on x where what the layer would noise is held."""
     held: list[Tensor] = []
 
     def hold(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         held.append(output.clone())
         return held[0].clone()  # what follows may work in place
 
-    with around(layer, after=hold):
+    with around(layer, after=hold, name="without_noise"):
         first, *others = _logits(model, [x, *_others(x)])
     return isinstance(first, Tensor) and not all(
         torch.allclose(first, other, equal_nan=True) for other in others
