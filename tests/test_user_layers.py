@@ -199,3 +199,9 @@ def test_a_forward_that_noisy_passes_would_not_call_is_refused():
     layer = Counted(4, 4)
     layer(torch.randn(2, 4))
     assert layer.calls == 1
+
+
+def test_a_table_of_classes_with_long_names_stays_in_columns():
+    model = nn.Sequential(DIPStandardised(3, 4, 3), dip.DIPMultiheadAttention(8, 2), Started())
+    lines = str(dip.summary(model)).splitlines()
+    assert len({len(line) for line in lines}) == 1, lines

@@ -44,14 +44,16 @@ class Summary(list[Row]):
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
+        kind = max([len("type"), *(len(row.type) for row in self)])
         lines = [
-            f"{'layer':{width}}  {'type':9}  {'number':>6}  {'features':>8}  "
+            f"{'layer':{width}}  {'type':{kind}}  {'number':>6}  {'features':>8}  "
             f"{'sigma min':>9}  {'mean':>9}  {'max':>9}  {'ratio':>7}"
         ]
         for row in self:
             ratio = "-" if row.ratio is None else f"{row.ratio:.3g}"
+            name = f"{row.name or '(root)':{width}}  {row.type:{kind}}"
             lines.append(
-                f"{row.name or '(root)':{width}}  {row.type:9}  {row.number:6}  {row.features:8}  "
+                f"{name}  {row.number:6}  {row.features:8}  "
                 f"{row.sigma_min:9.4g}  {row.sigma_mean:9.4g}  {row.sigma_max:9.4g}  {ratio:>7}"
             )
         return "\n".join(lines if self.plan is None else [*lines, str(self.plan)])
