@@ -79,3 +79,16 @@ def functions(x: Tensor, weight: Tensor, sigma: Tensor, seed: Tensor) -> Tensor:
     with dip.backend("reference"):
         z: Tensor = dip.functional.noise((2, 8), seed, row0=1)
     return u.sum() + y.sum() + z.sum()
+
+
+class Norm(dip.DIPLayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def typed(x: Tensor) -> Tensor:
+    dip.DIPConv2d(3, 8, "3")  # type: ignore[arg-type]
+    y: Tensor = dip.DIPGatedActivation(8).forward(x, x)
+    dip.DIPActivation(8, "relu").forward(3)  # type: ignore[arg-type]
+    found = dip.tune(lambda ratio, kl, epochs: {"clean": x.mean(), "robust": x.mean()}, budget=60)
+    return y * found.ratio

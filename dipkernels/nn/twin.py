@@ -4,7 +4,7 @@ producer; docs/maths.md, section 10)."""
 from __future__ import annotations
 
 import inspect
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -17,14 +17,16 @@ class Wrapper(DIPLayer):
 
     input_name: str = "input"  # of forward's first parameter, by which callers may pass the input
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args:
-            if self.input_name not in kwargs:
-                raise TypeError(f"{type(self).__name__}: expected its input first, got none")
-            args = (kwargs.pop(self.input_name),)
-        if type(args[0]) is not Tensor and (node := node_of(self, *args, **kwargs)) is not None:
-            return node
-        return self._dip_forward(*args, **kwargs)
+    if not TYPE_CHECKING:  # to a type checker it is that of the class behind
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if not args:
+                if self.input_name not in kwargs:
+                    raise TypeError(f"{type(self).__name__}: expected its input first, got none")
+                args = (kwargs.pop(self.input_name),)
+            if type(args[0]) is not Tensor and (node := node_of(self, *args, **kwargs)) is not None:
+                return node
+            return self._dip_forward(*args, **kwargs)
 
     def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What forward computes."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
 from ..arguments import described, integer, real
 from ..reports import new_figure
 from .objective import KL
@@ -84,7 +86,7 @@ class Tuned:
 
 
 def tune(
-    run: Callable[[float, float, int], Mapping[str, float]],
+    run: Callable[[float, float, int], Mapping[str, float | Tensor]],
     budget: int,
     *,
     ratios: float | Iterable[float] = RATIOS,
@@ -174,7 +176,7 @@ def ranked(trials: Sequence[Trial], tolerance: float) -> list[Trial]:
     return fine + sorted((t for t in trials if t.clean < floor), key=lambda t: -t.clean)
 
 
-def _scores(result: Mapping[str, float]) -> dict[str, float]:
+def _scores(result: Mapping[str, float | Tensor]) -> dict[str, float]:
     try:
         scores = {name: float(result[name]) for name in ("clean", "robust")}
     except (KeyError, TypeError, ValueError):
