@@ -297,3 +297,33 @@ def test_a_head_kept_whole_and_trained_tokens_are_noised_once():
     model, ids = converted(peft.get_peft_model(llama(), config)), torch.randint(32, (2, 6))
     report = dip.check(model, {"input_ids": ids, "labels": ids})
     assert report and report.checked == 8
+
+
+class _Scaled(dip.DIPLinear):
+    def forward(self, input):
+        return 10 * super().forward(input)
+
+
+class _PlainScaled(nn.Linear):
+    def forward(self, input):
+        return 10 * super().forward(input)
+
+
+class _Known(_Scaled):
+    plain_type = _PlainScaled
+
+
+@pytest.mark.parametrize("kind", [_Scaled, _Known])
+def test_a_users_subclass_of_a_dip_layer_stays_itself_inside_an_adapter(kind):
+    model, x = nn.ModuleDict({"a": kind(8, 8), "b": nn.Linear(8, 8)}), torch.randn(3, 8)
+    model.forward = lambda x: model["b"](model["a"](x))
+    plain = model.eval()(x)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["a", "b"])).eval()
+    if kind is _Known:
+        converted(adapted)
+    else:
+        said = "an adapter over a subclass of a DIP layer.*set plain_type"
+        with pytest.warns(dip.DIPConversionWarning, match=said):
+            dip.convert(adapted)
+    assert torch.equal(adapted(x), plain)
+    assert len(dip_layers(adapted)) == 2

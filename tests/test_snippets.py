@@ -202,10 +202,10 @@ def test_make_targets_exist():
 
 
 def test_a_fence_is_python_or_runs_nowhere():
-    """Every fenced block is run by a test: those of README by tests/test_docs.py, of guides by
-    tests/test_release.py."""
+    """Every fenced block is run by a test: those of README by tests/test_docs.py, of guides and
+    models.md by tests/test_release.py."""
     guides = (page.name for page in (ROOT / "docs" / "guides").glob("*.md"))
-    run = {"README.md", "quickstart.md", "cluster.md", *guides}
+    run = {"README.md", "quickstart.md", "models.md", "cluster.md", *guides}
     for page in PAGES:
         if "```python" in page.read_text():
             assert page.name in run, page

@@ -30,6 +30,7 @@ from .convertible import (
     feature_dim_of,
     features_of,
     forward_set_by,
+    has_plain_type,
     put_away,
     twin_before,
     twin_of,
@@ -447,7 +448,7 @@ def _stays_dip(module: nn.Module) -> str | None:
     if not isinstance(module, (DIPLayer, DIPMultiheadAttention)):
         return None
     mere = isinstance(module, DIPInput) and not has_own_forward(module)
-    if not mere and "plain_type" not in vars(type(module)):
+    if not mere and not has_plain_type(module):
         return (
             "model: expected DIP layers that convert knows, got subclasses of them: {}; if they "
             "are parametrised (weight_norm), call "
@@ -475,7 +476,7 @@ def _stays_dip(module: nn.Module) -> str | None:
 
 def _is_noise_alone(module: nn.Module) -> bool:
     """Whether nothing is left of it without noise."""
-    return isinstance(module, DIPInput) and "plain_type" not in vars(type(module))
+    return isinstance(module, DIPInput) and not has_plain_type(module)
 
 
 def _become_plain(module: Any) -> None:

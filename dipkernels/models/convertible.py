@@ -138,6 +138,12 @@ def twin_before(kind: type[nn.Module], dim: int) -> type[Any]:
     return known if known is not None and known.feature_dim == dim else twin_type(kind, dim)
 
 
+def has_plain_type(layer: nn.Module) -> bool:
+    """Whether the class itself says what the layer is without noise; its subclasses may compute
+    something else."""
+    return "plain_type" in vars(type(layer))
+
+
 def features_of(module: Any) -> int:
     """The number of input features, or channels, of a module of one of `types`."""
     layer = base_layer(module)

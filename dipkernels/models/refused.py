@@ -18,6 +18,7 @@ from .convertible import (
     counts_as,
     feature_dim_of,
     forward_set_by,
+    has_plain_type,
     is_adapter,
     is_candidate,
     is_quantised,
@@ -94,6 +95,11 @@ def _adapter_reason(module: nn.Module) -> str | None:
     base = base_layer(module)
     if isinstance(base, DIPLayer) and base.share is not None:
         return "an adapter over a layer whose noise is shared: convert after PEFT, with share"
+    if isinstance(base, DIPLayer) and not has_plain_type(base):
+        return (
+            "an adapter over a subclass of a DIP layer, whose plain class nobody knows: set "
+            "plain_type = the class that computes the same without noise"
+        )
     if (
         counts_as(module) is not None
         or not own_matrices(base)
