@@ -32,7 +32,8 @@ noise: contexts guards seeds
 nn: wrappers decay variance inputs tracing layer sharing linear conv input twin norm activation numbering
 nn: attention
 distributed
-models: patterns convertible marks probe choose readers gated place check spreads parameters summary calibrate
+models: patterns convertible naming loose_weights weight_readers refused marks probe choose readers gated
+models: forms place check spreads parameters summary calibrate
 models: convert
 training: analytic trajectories predict objective certify
 reports

@@ -70,6 +70,7 @@ def messages_in(source):
 # whose functions return reasons that others print
 REASONS = (
     "models/convertible.py",
+    "models/refused.py",
     "models/check.py",
     "nn/variance.py",
     "backends.py",
