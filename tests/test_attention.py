@@ -183,6 +183,14 @@ def test_eval_mode_and_noise_off_are_plain_attention(form):
         attention.train()
 
 
+@pytest.mark.parametrize("quiet", ["eval", "noise_off"])
+def test_plain_attention_is_compiled_as_one_graph(quiet):
+    attention, x = dip.DIPMultiheadAttention(8, 2).train(quiet != "eval"), torch.randn(3, 2, 8)
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    with noise_off():
+        assert_same(compiled(x, x, x), attention(x, x, x))
+
+
 @BY_FORM
 def test_every_parameter_gets_a_gradient(form):
     attention = dip.convert(plain_attention(**form), 0.25)

@@ -187,7 +187,7 @@ class DIPMultiheadAttention(BesideWeights, nn.MultiheadAttention):
             part.noisy()
             or part._forward_hooks
             or part._forward_pre_hooks
-            or not vars(part).keys().isdisjoint(("forward", "without_noise"))
+            or any([name in vars(part) for name in ("forward", "without_noise")])
             for part in self._parts()
         )
 
