@@ -155,6 +155,20 @@ def test_analytic_prediction_follows_layers_inside_a_module_with_noise_before_it
     assert not torch.equal(got, dip.predict(plain, x, k=0))
 
 
+@pytest.mark.parametrize(
+    "layer", [dip.DIPConv1d, dip.DIPConv2d, dip.DIPConv3d, nn.ConvTranspose1d, nn.ConvTranspose3d]
+)
+def test_analytic_prediction_goes_through_convolutions(layer):
+    """Linear, so the mean is the plain network's."""
+    width = int(layer.__name__[-2])
+    x = torch.randn(5, 2, *[3] * width)
+    model = nn.Sequential(layer(2, 4, 1), nn.Flatten(), nn.Linear(4 * 3**width, 3))
+    if layer.__module__.startswith("torch."):
+        dip.convert(model, before={"0": 1}, batches=[x])
+    got = dip.predict(model, x, method="analytic", average="logits")
+    torch.testing.assert_close(got, model.eval()(x))
+
+
 class _Expert(nn.Module):
     def __init__(self):
         super().__init__()
