@@ -551,10 +551,31 @@ class AddsByName(Calls):
         return Calls.forward(self, x) + F.linear(x, self.qkv.weight)
 
 
+class AddsElsewhere(Calls):
+    def forward(self, x):
+        return self.inner(x) + F.linear(x, self.qkv.weight)
+
+    def inner(self, x):
+        return super().forward(x)
+
+
+class AddsLater(Calls):
+    def forward(self, x):
+        late = lambda: sum(Calls.forward(self, x) for _ in range(1))  # noqa: E731
+        return late() + F.linear(x, self.qkv.weight)
+
+
+class Steps(Reimplements):
+    def step(self, x):
+        return self.forward(x).sum()
+
+
 def test_a_method_that_a_subclass_replaces_calls_nothing():
+    with pytest.warns(dip.DIPConversionWarning, match=r"qkv \(Linear\): Steps reads"):
+        assert [*dip_layers(dip.convert(Steps()))] == ["out"]
     with pytest.warns(dip.DIPConversionWarning, match=r"qkv \(Linear\): Reimplements reads"):
         assert [*dip_layers(dip.convert(Reimplements()))] == ["out"]
-    for kind in (Adds, AddsByName):
+    for kind in (Adds, AddsByName, AddsElsewhere, AddsLater):
         with no_warning():
             assert [*dip_layers(dip.convert(kind()))] == ["qkv", "out"]
 

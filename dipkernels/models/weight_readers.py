@@ -35,20 +35,34 @@ def read_past(kind: Any) -> frozenset[str]:
     for base in kind.__mro__:
         if base in (nn.Module, object) or (base in TWINS and base is not kind):
             continue
-        for name, member in vars(base).items():
-            function = (
-                inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
-            )
-            code = getattr(function, "__code__", None)
-            if code is not None and name not in replaced:
-                if "__class__" not in code.co_freevars and name not in code.co_names:
-                    replaced.add(name)  # by a method that calls no base class's
-                for child, is_read in _mentions(code, code.co_varnames[:1]):
-                    if not is_read:
-                        used.add(child)
-                    elif not _SETTING_UP.search(name):
-                        read.add(child)
+        found = {name: code for name, each in vars(base).items() if (code := _code_of(each))}
+        kept = {name: code for name, code in found.items() if name not in replaced}
+        for name, code in kept.items():
+            for child, is_read in _mentions(code, code.co_varnames[:1]):
+                if not is_read:
+                    used.add(child)
+                elif not _SETTING_UP.search(name):
+                    read.add(child)
+        # by a method where none of this class calls the base class's
+        replaced |= kept.keys() - {name for code in kept.values() for name in _called(code)}
     return frozenset(read - used)
+
+
+def _code_of(member: Any) -> Any:
+    """The code of a method, also of one that a decorator has wrapped; None of anything else."""
+    if callable(member):
+        member = inspect.unwrap(getattr(member, "__func__", member))
+    return getattr(member, "__code__", None)
+
+
+def _called(code: types.CodeType) -> set[str]:
+    """The names that this code looks up, but for those of `self`: `super().forward`."""
+    return _names(code) - {path[0] for path in _paths(code, code.co_varnames[:1]) if path}
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return {*code.co_names}.union(*map(_names, inner))
 
 
 def _mentions(code: types.CodeType, own: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
