@@ -94,6 +94,15 @@ def test_calibrate_measures_what_a_subclass_noises():
     )
 
 
+def test_calibrate_names_a_subclass_that_draws_in_training_alone():
+    class Early(dip.DIPInput):
+        def forward(self, input):
+            return super().forward(input) if self.training else input
+
+    with pytest.raises(ValueError, match=r"\['0'\].*call super\(\)\.forward in eval mode too"):
+        dip.calibrate(nn.Sequential(Early(8), nn.Linear(8, 2)), [torch.randn(4, 8)])
+
+
 def test_a_network_of_subclasses_trains_replays_and_is_saved():
     model, x = Calls(), torch.randn(6, 8)
     dip.number_layers(model)
@@ -170,6 +179,13 @@ def test_to_plain_keeps_what_a_subclass_computes():
 def test_a_convolution_of_its_own_convolves_so_in_training_too(kind):
     """The first layer, whose input needs no gradient, has a kernel of its own."""
     layer, x = kind(3, 4, 3, bias=False, init_variance=1e-12), torch.randn(2, 3, 8, 8)
+    noisy, plain = layer(x), layer.eval()(x)
+    torch.testing.assert_close(noisy, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_a_convolution_set_on_the_object_convolves_so_in_training_too():
+    layer, x = dip.DIPConv2d(3, 4, 3, bias=False, init_variance=1e-12), torch.randn(2, 3, 8, 8)
+    layer._conv_forward = lambda input, weight, bias: F.conv2d(input, 100 * weight)
     noisy, plain = layer(x), layer.eval()(x)
     torch.testing.assert_close(noisy, plain, rtol=1e-3, atol=1e-3)
 

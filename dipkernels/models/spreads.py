@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .. import worlds
 from ..nn import inputs
-from ..nn.layer import DIPLayer
+from ..nn.layer import DIPLayer, has_own_forward
 from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .convertible import feature_dim_of
@@ -210,15 +210,17 @@ def measured_spreads(
 
     with _statistics_of_the_batch(model), _spectral_norms(model):
         watch(model, watched, observe, batches)
-    unreached = [
-        name for layer, name in shown.items() if layer not in seen or not seen[layer].count
-    ]
-    if unreached:
+    missed = [layer for layer in shown if layer not in seen or not seen[layer].count]
+    if missed:
+        unreached = [shown[layer] for layer in missed]
+        own = any(map(has_own_forward, missed))
         raise ValueError(
             f"batches: expected to reach every DIP layer, none reached {unreached}; give batches "
             "that do, or leave these plain, convert(exclude=...): no batch reaches what training "
             "alone calls (an auxiliary head). If what is around one reads its weight without "
             "calling it, before=[...] noises the input of that"
+            + "; a forward of your own has to call super().forward in eval mode too"
+            * own
         )
     found = {name: seen[layer].spread() for name, layer in layers.items()}
     infinite = [name or "(root)" for name, each in found.items() if not bool(each.isfinite().all())]

@@ -63,9 +63,9 @@ class _DIPConv(DIPLayer):
 
     def _window(self, input: Tensor) -> conv.Window | None:
         """How this layer's window moves over a batch; None where torch pads or groups the input in
-        another way, or a subclass convolves in its own."""
+        another way, or a subclass or the object convolves in its own."""
         plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        plain = plain and type(self)._conv_forward in _TORCHS
+        plain = plain and getattr(self._conv_forward, "__func__", None) in _TORCHS
         if not plain or self.share is not None or input.dim() != 1 - self.feature_dim:
             return None
         return conv.Window(self.stride, self.padding, self.dilation, self.groups)
