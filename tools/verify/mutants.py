@@ -90,8 +90,8 @@ dipkernels/**/analytic.py: analytic
 dipkernels/**/trajectories.py dipkernels/**/predict.py: trajectories objective
 dipkernels/training/*.py: objective trajectories recipe
 dipkernels/**/probe.py dipkernels/**/check.py: check before convert
-dipkernels/**/place.py dipkernels/**/readers.py dipkernels/**/gated.py dipkernels/**/marks.py:
-    producer_plan producer_modules before models
+dipkernels/**/place.py dipkernels/**/readers.py dipkernels/**/gated.py dipkernels/**/marks.py
+    dipkernels/**/forms.py: producer_plan producer_modules before models
 dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert calibrate
     before first_mistakes recipe user_code_variance check user_code_loaders models adapters config
 dipkernels/integrations/accelerate.py: integration_accelerate
@@ -143,8 +143,8 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "backends.py: the device and the backend that runs on it, swapped",
         'The device is "cuda" there, and so is the backend.',
     ),
-    "88db834a5b": (
-        "place.py: the size of the rows on which a norm's eps is seen",
+    "5d37fa844b": (
+        "forms.py: the size of the rows on which a norm's eps is seen",
         "Any size near the root of eps shows it, and 0.505 for its power is as near.",
     ),
     "44d64b0f6b": (
@@ -155,8 +155,8 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "contexts.py: 2^63 taken away in place of added, before mod 2^64",
         "They differ by 2^64.",
     ),
-    "f501d1b63b": (
-        "convertible.py: [1, N] is no matrix for another reason",
+    "cd2dbd47e8": (
+        "loose_weights.py: [1, N] is no matrix for another reason",
         "It has one dimension of a size above 1, so it was none before.",
     ),
     "e279abc937": (
