@@ -97,8 +97,9 @@ def _adapter_reason(module: nn.Module) -> str | None:
         return "an adapter over a layer whose noise is shared: convert after PEFT, with share"
     if isinstance(base, DIPLayer) and not has_plain_type(base):
         return (
-            "an adapter over a subclass of a DIP layer, whose plain class nobody knows: set "
-            "plain_type = the class that computes the same without noise"
+            "an adapter over a subclass of a DIP layer, whose plain class nobody knows: if it is "
+            "parametrised, call torch.nn.utils.parametrize.remove_parametrizations first; in a "
+            "class of your own set plain_type = the class that computes the same without noise"
         )
     if (
         counts_as(module) is not None
