@@ -90,8 +90,8 @@ dipkernels/**/analytic.py: analytic
 dipkernels/**/trajectories.py dipkernels/**/predict.py: trajectories objective
 dipkernels/training/*.py: objective trajectories recipe
 dipkernels/**/probe.py dipkernels/**/check.py: check before convert
-dipkernels/**/place.py dipkernels/**/readers.py dipkernels/**/gated.py dipkernels/**/marks.py
-    dipkernels/**/forms.py: producer_plan producer_modules before models
+dipkernels/**/place.py dipkernels/**/forms.py dipkernels/**/readers.py dipkernels/**/gated.py
+    dipkernels/**/marks.py: producer_plan producer_modules before models
 dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert calibrate
     before first_mistakes recipe user_code_variance check user_code_loaders models adapters config
 dipkernels/integrations/accelerate.py: integration_accelerate
@@ -138,10 +138,6 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
     "132efe5dff": (
         "expectation.cpp: a thread also takes the first tile of the next part",
         "Both compute it from the same numbers; past the last part there are no rows.",
-    ),
-    "1b028ccedf": (
-        "backends.py: the device and the backend that runs on it, swapped",
-        'The device is "cuda" there, and so is the backend.',
     ),
     "5d37fa844b": (
         "forms.py: the size of the rows on which a norm's eps is seen",

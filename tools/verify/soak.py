@@ -81,7 +81,7 @@ def main() -> int:
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     text = (
         f"{calls:,} forward passes of a layer, {steps:,} training steps among them, in "
-        f"{seconds / 60:.1f} minutes on 1 thread(s): memory "
+        f"{seconds / 60:.1f} minutes on one thread: memory "
         f"{samples[0][1] / 2**20:.1f} MiB at the first of {len(samples)} samples, "
         f"{samples[-1][1] / 2**20:.1f} MiB at the last; {growth / 2**10:+.0f} KiB over the last "
         f"half, {slope(samples):+.4f} bytes a call by least squares. The same key gave the same "
