@@ -163,7 +163,9 @@ def measure(quick: bool) -> tuple[list[list], list[list]]:
 
 
 def main(arguments: list[str] | None = None) -> list[list]:
-    args = report.command_line(__doc__, "small-layer").parse_args(arguments)
+    parser = report.command_line(__doc__, "small-layer")
+    args = parser.parse_args(arguments)
+    report.refuse_part(parser, args)
     torch.set_num_threads(args.threads)
     found = machine.describe("cpu")
     rows, wholes = measure(args.quick)

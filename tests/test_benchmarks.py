@@ -522,6 +522,7 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
         (overhead, "--quick", "a full run"),
         (cost, "--quick", "a full run"),
         (bench_producers, "--quick", "a full run"),
+        (profile_small_layer, "--quick", "a full run"),
         (models, "--quick", "a full run"),
         (averaging, "--rounds 4", "a full run"),
         (profile_model, "--rounds 1", "a full run of at least 5 rounds"),
