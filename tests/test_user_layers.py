@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from warning_support import no_warning
 
 import dipkernels as dip
 
@@ -215,6 +216,38 @@ def test_a_forward_that_noisy_passes_would_not_call_is_refused():
     layer = Counted(4, 4)
     layer(torch.randn(2, 4))
     assert layer.calls == 1
+
+
+class Bilinear(nn.Module):
+    """Weights of its own behind a DIPInput."""
+
+    def __init__(self, features, out):
+        super().__init__()
+        self.noise = dip.DIPInput(features)
+        self.weight = nn.Parameter(torch.randn(out, features, features))
+
+    def forward(self, x):
+        u = self.noise(x)
+        return torch.einsum("...i,oij,...j->...o", u, self.weight, u)
+
+
+def test_convert_names_no_weights_behind_a_users_own_noise():
+    with no_warning():
+        model = dip.convert(nn.Sequential(Bilinear(8, 16), nn.ReLU(), nn.Linear(16, 2)))
+    assert len(dip.summary(model)) == 2
+    with pytest.raises(ValueError, match=r"1 layer\(s\) are DIP layers already$"):
+        dip.convert(nn.Sequential(Bilinear(8, 16)))
+
+
+def test_a_class_that_exec_has_made_is_followed():
+    names = {"dip": dip}
+    exec(
+        "class Own(dip.DIPLinear):\n    def forward(self, x):\n        return super().forward(x)",
+        names,
+    )
+    model, x = nn.Sequential(names["Own"](8, 4), nn.Linear(4, 2)).eval(), torch.randn(3, 8)
+    got = dip.predict(model, x, method="analytic", average="logits")
+    assert torch.allclose(got, model(x), atol=1e-6)
 
 
 def test_a_table_of_classes_with_long_names_stays_in_columns():

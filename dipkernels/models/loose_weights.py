@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import worlds
+from ..nn.input import DIPInput
 from ..nn.layer import DIPLayer
 from .convertible import TWINS, Names, counts_as, no_twin
 from .naming import class_of, computing_weights, patterns_for
@@ -117,10 +118,11 @@ def unnoised(
 
 def is_quiet(module: nn.Module) -> bool:
     plain = counts_as(module) is not None or isinstance(module, (*TWINS, DIPLayer, *_QUIET))
+    noised = any(isinstance(child, DIPInput) for child in module.children())  # by its own code
     name, package = type(module).__name__, type(module).__module__
     # takes no input: of positions, a bias
     table = len(inspect.signature(type(module).forward).parameters) == 1
     # not a NormedLinear, which multiplies by a normed matrix
     norm = "Norm" in name and not any(part in name for part in ("Linear", "Conv"))
     known = norm or any(part in name for part in ("Embed", "Positional"))
-    return plain or table or known or package.startswith("peft.")
+    return plain or noised or table or known or package.startswith("peft.")

@@ -286,7 +286,8 @@ def has_own_forward(layer: DIPLayer) -> bool:
     """Whether its class is a user's subclass of a DIP class, with a forward of its own: what that
     computes before and behind the noise nobody knows."""
     package = __name__.partition(".")[0]
-    return getattr(type(layer).forward, "__module__", "").partition(".")[0] != package
+    module = getattr(type(layer).forward, "__module__", None)  # None of what exec has made
+    return str(module).partition(".")[0] != package
 
 
 def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | None:
