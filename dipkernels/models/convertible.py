@@ -63,6 +63,7 @@ def _computes_as(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def is_candidate(module: nn.Module, types: Types) -> bool:
+    """Whether it is no DIP layer, and is or counts as one of `types`."""
     if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
         return False
     return isinstance(module, types) or counts_as(module) in types

@@ -117,6 +117,8 @@ def unnoised(
 
 
 def is_quiet(module: nn.Module) -> bool:
+    """Whether its weights are no miss: a layer's, whose own way names them, a norm's, a table's, or
+    behind noise of its own."""
     plain = counts_as(module) is not None or isinstance(module, (*TWINS, DIPLayer, *_QUIET))
     noised = any(isinstance(child, DIPInput) for child in module.children())  # by its own code
     name, package = type(module).__name__, type(module).__module__

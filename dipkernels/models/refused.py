@@ -30,6 +30,11 @@ from .naming import patterns_for
 from .patterns import is_inside
 from .weight_readers import read_past
 
+_READS_ANOTHERS = (
+    "it reads the weight of a layer that others call: give its name in before=[...] to noise its "
+    "input; in exclude=[...] it would leave that layer plain too"
+)
+
 
 def block_names(names: Names, types: Types) -> set[str]:
     """The names of the modules inside which no layer may be converted by itself."""
@@ -169,9 +174,3 @@ def _reason(module: nn.Module, types: Types) -> str | None:
     if is_quantised(data):
         return f"quantised: its weight is a {data.__name__}; convert the model before quantising it"
     return None
-
-
-_READS_ANOTHERS = (
-    "it reads the weight of a layer that others call: give its name in before=[...] to noise its "
-    "input; in exclude=[...] it would leave that layer plain too"
-)
