@@ -2,7 +2,7 @@
 ablations.
 
     python studies/vision.py  everything, about 35 minutes of one core; goes on where it was stopped
-    python studies/vision.py --archs MLP  one network
+    python studies/vision.py --archs MLP  one network, and its own tables
     python studies/vision.py --figures  figures alone, from docs/results/vision.json
     python studies/vision.py --quick  does it run? into out/vision
 
@@ -569,6 +569,8 @@ def write(studies: list[Study], page: Path, out: Path) -> None:
     for study in studies:
         report.fill(page, f"vision-{study.name.lower()}", main_table(study))
         report.fill(page, f"vision-ablations-{study.name.lower()}", ablation_table(study))
+    if out == FOLDER and {study.name for study in studies} != {*NETWORKS}:
+        return  # the other tables and vision.json are of all networks
     report.fill(page, "vision-averages", averages_table(studies))
     head = ["network", "method", "setting: mean over the conditions on validation images"]
     stores = {study.name: study.store for study in studies}

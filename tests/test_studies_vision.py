@@ -2,6 +2,7 @@
 the command runs."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,15 @@ def test_the_published_page_has_every_section():
     for name in names:
         for mark in ("begin", "end"):
             assert text.count(f"<!-- vision-{name}:{mark} -->") == 1
+
+
+def test_a_run_of_one_network_leaves_what_is_of_all(monkeypatch):
+    filled = []
+    monkeypatch.setattr(vision.report, "fill", lambda page, name, text: filled.append(name))
+    for table in ("main_table", "ablation_table"):
+        monkeypatch.setattr(vision, table, lambda study: "")
+    vision.write([SimpleNamespace(name="MLP")], None, vision.FOLDER)
+    assert filled == ["vision-mlp", "vision-ablations-mlp"]
 
 
 @pytest.mark.slow

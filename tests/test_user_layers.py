@@ -1,6 +1,7 @@
 """A user's own subclasses of DIP layers: what is known of a DIP layer is not taken for what her
 forward computes."""
 
+import abc
 import copy
 import pickle
 
@@ -208,6 +209,13 @@ def test_a_forward_that_noisy_passes_would_not_call_is_refused():
     class Counted(Counts, dip.DIPLinear):
         pass
 
+    class Interface:
+        @abc.abstractmethod
+        def forward(self, input): ...
+
+    class Implements(dip.DIPInput, Interface):
+        pass
+
     for bases in ((dip.DIPLinear, Own), (dip.DIPMultiheadAttention, Attends)):
         with pytest.raises(TypeError, match=f"^Both: .* got that of {bases[1].__name__}, which"):
             type("Both", bases, {})
@@ -216,6 +224,7 @@ def test_a_forward_that_noisy_passes_would_not_call_is_refused():
     layer = Counted(4, 4)
     layer(torch.randn(2, 4))
     assert layer.calls == 1
+    assert Implements(4)(torch.zeros(2, 4)).abs().max() > 0
 
 
 class Bilinear(nn.Module):

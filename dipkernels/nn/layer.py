@@ -42,7 +42,8 @@ class BesideWeights(Mixin):
         super().__init_subclass__(**options)
         behind: list[type] = []  # whose forward comes behind the DIP class's
         for kind in cls.__mro__:
-            if "forward" in vars(kind):
+            own = vars(kind).get("forward")
+            if own is not None and not getattr(own, "__isabstractmethod__", False):
                 behind = [] if issubclass(kind, BesideWeights) else [*behind, kind]
         if hasattr(cls, "made_of") or not behind:  # convert looks at what it makes a twin of
             return
