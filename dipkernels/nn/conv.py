@@ -65,7 +65,7 @@ class _DIPConv(DIPLayer):
         """How this layer's window moves over a batch; None where torch pads or groups the input in
         another way, or a subclass or the object convolves in its own."""
         plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        plain = plain and getattr(self._conv_forward, "__func__", None) in _TORCHS
+        plain = plain and type(self)._conv_forward in _TORCHS and "_conv_forward" not in vars(self)
         if not plain or self.share is not None or input.dim() != 1 - self.feature_dim:
             return None
         return conv.Window(self.stride, self.padding, self.dilation, self.groups)
