@@ -79,12 +79,14 @@ def _mentions(code: types.CodeType, own: tuple[str, ...]) -> Iterator[tuple[str,
             yield child, False
 
 
-def _paths(code: types.CodeType, own: tuple[str, ...]) -> Iterator[list[str]]:
+@functools.cache  # for the classes of a model have most of their methods in common
+def _paths(code: types.CodeType, own: tuple[str, ...]) -> list[list[str]]:
     """What follows each `self` in this code: ["a", "b"] for self.a.b, and ["a", "="] where self.a.b
     is set."""
+    found: list[list[str]] = []
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _paths(constant, own)
+            found += _paths(constant, own)
     path: list[str] | None = None  # of the self that was loaded last
     for step in dis.get_instructions(code):
         if step.opname in ("NOP", "EXTENDED_ARG"):
@@ -93,9 +95,10 @@ def _paths(code: types.CodeType, own: tuple[str, ...]) -> Iterator[list[str]]:
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 path.append(step.argval)
                 continue
-            yield [*path, "="] if step.opname == "STORE_ATTR" else path
+            found.append([*path, "="] if step.opname == "STORE_ATTR" else path)
             path = None
         if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
             # two in one from 3.13 on
             loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
             path = [] if loaded == own else None
+    return found
