@@ -320,8 +320,9 @@ def test_a_backward_pass_that_is_not_the_last_leaves_what_is_kept(dtype, monkeyp
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(*leaves, **how)
-    monkeypatch.setattr(worlds, "capturing", lambda device: True)
-    torch.autograd.grad(y, leaves, dy)
+    with monkeypatch.context() as captured:
+        captured.setattr(worlds, "capturing", lambda device: True)
+        torch.autograd.grad(y, leaves, dy)
     assert torch.equal(next(t for t in kept if t.shape == y.shape), before)
 
     y, several = layer(*leaves, **how), torch.stack([dy, 2 * dy])

@@ -209,7 +209,7 @@ def test_a_forward_that_noisy_passes_would_not_call_is_refused():
     class Counted(Counts, dip.DIPLinear):
         pass
 
-    class Interface:
+    class Interface(nn.Module):
         @abc.abstractmethod
         def forward(self, input): ...
 
