@@ -1,4 +1,4 @@
-// The operations of dipkernels/ops/perturb.py through torch's stable ABI, and what backends.py asks
+// The operations of dipkernels/ops/perturb.py through torch's stable ABI, and what library.py asks
 // of the library.
 #include "torch.h"
 
@@ -133,7 +133,7 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CUDA, m) {
 }
 #endif
 
-// What backends.py asks by ctypes.
+// What library.py asks by ctypes.
 #define DIP_EXPORT extern "C" __attribute__((visibility("default")))
 
 #ifdef DIP_HAS_CPU
@@ -150,7 +150,7 @@ DIP_EXPORT void dip_set_cuda_forms(int forms) {
 }
 DIP_EXPORT int dip_cuda_forms() { return dip::cuda_forms().load(std::memory_order_relaxed); }
 #endif
-// interface: backends.INTERFACE, of the schemas that these sources implement.
+// interface: library.INTERFACE, of the schemas that these sources implement.
 DIP_EXPORT const char* dip_build_info() {
   return "interface=4"
          "\ncpu="

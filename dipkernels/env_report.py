@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import backends
+from . import backends, library
 
 # What the build reads, and Triton's own code at the first call on a GPU; backends reads the others.
 _VALUES = dict.fromkeys(("DIPKERNELS_AUTOTUNE", "DIPKERNELS_CPU", "DIPKERNELS_CUDA"), ("0", "1"))
@@ -53,16 +53,16 @@ def _or_error(ask: Callable[[], object]) -> object:
 
 
 def _library() -> dict[str, object]:
-    library = backends.library()
+    found = library.load()
     report: dict[str, object] = {
-        "library": f"{library.path}" if library.loaded else f"not loaded: {library.error}"
+        "library": f"{found.path}" if found.loaded else f"not loaded: {found.error}"
     }
-    if library.loaded:
-        report["compiler"] = library.compiler or "unknown"
-        report["CPU instruction sets"] = library.cpu_capabilities
-        report["CPU instruction set in use"] = _or_error(backends.cpu_capability)
-        report["CUDA architectures"] = library.cuda_archs
-        report["CUDA toolkit"] = library.cuda_toolkit or "none"
+    if found.loaded:
+        report["compiler"] = found.compiler or "unknown"
+        report["CPU instruction sets"] = found.cpu_capabilities
+        report["CPU instruction set in use"] = _or_error(library.cpu_capability)
+        report["CUDA architectures"] = found.cuda_archs
+        report["CUDA toolkit"] = found.cuda_toolkit or "none"
     return report
 
 
@@ -123,8 +123,8 @@ def env_report() -> EnvReport:
             "platform": f"{platform.system()} {platform.machine()}",
         }
     )
-    library = _or_error(_library)
-    report.update(library if isinstance(library, dict) else {"library": library})
+    compiled = _or_error(_library)
+    report.update(compiled if isinstance(compiled, dict) else {"library": compiled})
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
             cuda = torch.version.cuda

@@ -2,7 +2,8 @@
 
 import torch
 
-from dipkernels.backends import CAPABILITIES, cpu_capability, library
+from dipkernels import library
+from dipkernels.library import CAPABILITIES, cpu_capability
 
 
 def _offered():
@@ -17,7 +18,7 @@ def _offered():
     return names
 
 
-OFFERED = _offered() if "portable" in library().cpu_capabilities else []
+OFFERED = _offered() if "portable" in library.load().cpu_capabilities else []
 
 
 def assert_same_everywhere(results):

@@ -15,7 +15,8 @@ from capability_support import OFFERED
 from ranks_support import Ranks
 from seeding import SEED, seeded  # noqa: F401
 
-from dipkernels.backends import CAPABILITIES, cpu_capability, library
+from dipkernels import library
+from dipkernels.library import CAPABILITIES, cpu_capability
 
 # The longest: with several workers nothing is to wait for them at the end.
 FIRST = (
@@ -81,12 +82,12 @@ def capability(request):
 @pytest.fixture
 def fresh_library(monkeypatch):
     """monkeypatch, for what changes where the compiled library is found."""
-    loaded = library().loaded
-    library.cache_clear()
+    loaded = library.load().loaded
+    library.load.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    library.cache_clear()
-    assert library().loaded == loaded
+    library.load.cache_clear()
+    assert library.load().loaded == loaded
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dipkernels as dip
-from dipkernels import backends, functional, reference, worlds
+from dipkernels import functional, library, reference, worlds
 from dipkernels.ops import row_blocks
 from dipkernels.ops.activations import ACTIVATIONS, BACKWARDS
 from dipkernels.ops.draw import Draw
@@ -208,7 +208,7 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
 
     compiled = list(results())
     # that of a tree where nothing was built
-    monkeypatch.setattr(backends, "library", backends.Library)
+    monkeypatch.setattr(library, "load", library.Library)
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (40, 40))  # a sample after another
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
     for name in ("act_add", "act_add_bwd", "draw_samples"):

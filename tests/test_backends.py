@@ -13,9 +13,10 @@ import torch
 from program_support import needs, printed, program_at
 from source_support import ROOT
 
-from dipkernels import backend, backends, env_report, functional
-from dipkernels.backends import Library, Plan, choose
-from dipkernels.ops import registry
+from dipkernels import backend, backends, env_report, functional, library
+from dipkernels.backends import Plan, choose
+from dipkernels.library import Library
+from dipkernels.ops import registry, sizes
 from dipkernels.ops.linear import device_of
 
 SEED = torch.tensor([1, 2])
@@ -33,7 +34,7 @@ def with_library(monkeypatch, **fields):
     found = Library(
         **{"path": "library.so", "cpu_capabilities": ("portable",), "cuda_archs": ("90",), **fields}
     )
-    monkeypatch.setattr(backends, "library", lambda: found)
+    monkeypatch.setattr(library, "load", lambda: found)
 
 
 def test_choose_prefers_compiled_kernels(monkeypatch):
@@ -144,11 +145,11 @@ LAYER = "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))"
             LAYER,
             "DIPKERNELS_COMPILED_KEEP: expected one of ('x', 'u', 'bytes')",
         ),
-        ("CPU_CAPABILITY", "portable", "print(b.cpu_capability())", "portable"),
+        ("CPU_CAPABILITY", "portable", "print(b.library.cpu_capability())", "portable"),
         (
             "CPU_CAPABILITY",
             "sse9",
-            "b.cpu_capability()",
+            "b.library.cpu_capability()",
             "expected one of ('portable', 'avx2', 'avx512', 'auto') that this machine has, got 'sse9'; unset it",
         ),
         ("CPU_CAPABILITY", "sse9", LAYER, "DIPKERNELS_CPU_CAPABILITY: expected"),
@@ -253,9 +254,9 @@ class TestDispatch:
 
 # What a process imports dipkernels into: the installation lacks it, whatever this one has.
 WITHOUT = {
-    "library": "import dipkernels.backends as b; b.library = lambda: b.Library(error='it was not built')",
-    "cpu": "import dipkernels.backends as b; b.library = lambda: b.Library(path='_C.so', cuda_archs=('90',))",
-    "cuda": "import dipkernels.backends as b; b.library = lambda: b.Library(path='_C.so', cpu_capabilities=('portable',))",
+    "library": "import dipkernels.library as b; b.load = lambda: b.Library(error='it was not built')",
+    "cpu": "import dipkernels.library as b; b.load = lambda: b.Library(path='_C.so', cuda_archs=('90',))",
+    "cuda": "import dipkernels.library as b; b.load = lambda: b.Library(path='_C.so', cpu_capabilities=('portable',))",
     "triton": "import dipkernels.backends as b; b.has_triton = lambda: False",
     "nothing": "pass",
 }
@@ -263,7 +264,7 @@ FORCED_CALL = """
 import sys, types, importlib, importlib.util, warnings
 warnings.simplefilter("error")
 import torch
-# `backends` alone first, changed, and then the package that asks it.
+# One module alone first, changed, and then the package that asks it.
 root = importlib.util.find_spec("dipkernels").submodule_search_locations[0]
 package = types.ModuleType("dipkernels")
 package.__path__, package.__package__ = [root, root.rsplit("/", 1)[0]], "dipkernels"
@@ -337,36 +338,36 @@ def test_a_refusal_names_the_device_that_has_no_kernels():
 
 def test_cpu_capability_rejects():
     with pytest.raises(ValueError, match="cpu_capability: expected one of"):
-        backends.cpu_capability("mmx")
-    assert backends.cpu_capability("auto") in backends.CAPABILITIES
+        library.cpu_capability("mmx")
+    assert library.cpu_capability("auto") in library.CAPABILITIES
 
 
 def test_library_that_does_not_load_says_why(fresh_library, tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
     (tmp_path / "_C.cpython-311-x86_64-linux-gnu.so").touch()  # of another build: it sorts first
-    fresh_library.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    fresh_library.setattr(library, "__file__", str(tmp_path / "library.py"))
     fresh_library.setattr(sys, "path", [])
-    found = backends.library()
+    found = library.load()
     assert not found.loaded and "torch" in found.error and "2.10" in found.error
     assert found.path == str(tmp_path / "_C.so")
     (tmp_path / "_C.so").unlink()
-    backends.library.cache_clear()
-    assert "was not built" in backends.library().error
+    library.load.cache_clear()
+    assert "was not built" in library.load().error
     with pytest.raises(RuntimeError, match="was not built"):
-        backends.cpu_capability()
+        library.cpu_capability()
     (tmp_path / "_C.so").write_text("")
     fresh_library.setattr(torch.ops, "load_library", lambda path: None)
     build_info = SimpleNamespace(dip_build_info=lambda: b"cpu=portable\nan older line")
-    fresh_library.setattr(backends, "c_functions", lambda path: build_info)
-    backends.library.cache_clear()
-    assert "built for interface none, and this source has interface" in backends.library().error
+    fresh_library.setattr(library, "c_functions", lambda path: build_info)
+    library.load.cache_clear()
+    assert "built for interface none, and this source has interface" in library.load().error
     build_info.dip_build_info = lambda: b"interface=0\ncpu=portable\ncuda=\ncompiler=g++"
-    backends.library.cache_clear()
-    assert "built for interface 0, and this source has interface" in backends.library().error
+    library.load.cache_clear()
+    assert "built for interface 0, and this source has interface" in library.load().error
 
 
 def fuses(device, dtype, m, n, k):
-    return backends.can_fuse(device) and backends.is_narrow(dtype, m, n, k)
+    return backends.can_fuse(device) and sizes.is_narrow(dtype, m, n, k)
 
 
 def test_fuses_narrow_and_small_problems_alone(monkeypatch):
@@ -483,7 +484,7 @@ def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
             (torch.bfloat16, small, "triton"),
             (torch.float32, narrow, "cuda"),
         ):
-            assert choose(op, "cuda", backends.is_wide(dtype, *shape)).backend == runs
+            assert choose(op, "cuda", sizes.is_wide(dtype, *shape)).backend == runs
     registry.choose_all()
     assert registry.kernel("linear", registry.WIDE) is torch.ops.dipkernels.linear.default
     assert registry.kernel("linear", "cuda") is torch.ops.dipkernels_triton.linear.default

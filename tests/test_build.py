@@ -314,7 +314,7 @@ def test_nvcc_is_looked_for_in_cuda_home_then_on_the_path_as_by_torch(
 def test_a_checkout_in_any_folder_builds_and_runs(odd_checkout):
     status, output = build_in(odd_checkout)
     assert status == 0, output[-4000:]
-    code = "import dipkernels as dip; print(dip.backends.library().path, dip.backends.library().error, sep='\\n')"
+    code = "import dipkernels as dip; print(dip.library.load().path, dip.library.load().error, sep='\\n')"
     status, output = python("-c", code, cwd=odd_checkout)
     assert output.splitlines() == [str(odd_checkout / "dipkernels" / "_C.so"), "None"]
 

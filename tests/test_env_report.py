@@ -11,7 +11,7 @@ import torch
 from program_support import PYTHON, ran
 from source_support import ROOT
 
-from dipkernels import backends
+from dipkernels import backends, library
 from dipkernels.env_report import env_report
 
 MODULE = sys.modules["dipkernels.env_report"]
@@ -49,15 +49,15 @@ def test_the_report_shows_the_variables_that_are_set(monkeypatch):
 
 
 def test_a_loaded_library_shows_what_it_carries(monkeypatch):
-    library = backends.Library("/x/_C.so", None, ("portable", "avx2"), ("90",), "g++ 1")
-    monkeypatch.setattr(backends, "library", lambda: library)
-    monkeypatch.setattr(backends, "cpu_capability", lambda: "avx2")
+    found = library.Library("/x/_C.so", None, ("portable", "avx2"), ("90",), "g++ 1")
+    monkeypatch.setattr(library, "load", lambda: found)
+    monkeypatch.setattr(library, "cpu_capability", lambda: "avx2")
     text = str(env_report())
     assert all(word in text for word in ("/x/_C.so", "portable, avx2", "90", "g++ 1"))
 
 
 def test_a_missing_library_is_said_in_words(monkeypatch):
-    monkeypatch.setattr(backends, "library", lambda: backends.Library(error="it was not built"))
+    monkeypatch.setattr(library, "load", lambda: library.Library(error="it was not built"))
     assert env_report()["library"] == "not loaded: it was not built"
 
 
@@ -65,7 +65,7 @@ def test_the_report_survives_a_broken_installation(monkeypatch):
     def broken(*_):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(backends, "library", broken)
+    monkeypatch.setattr(library, "load", broken)
     monkeypatch.setattr(backends, "choose", broken)
     report = env_report()
     assert report["library"] == report["kernels on cpu"] == "RuntimeError: broken"
@@ -89,9 +89,9 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(
-        backends, "library", lambda: backends.Library("_C.so", None, ("portable",), ("90",), "g++")
+        library, "load", lambda: library.Library("_C.so", None, ("portable",), ("90",), "g++")
     )
-    monkeypatch.setattr(backends, "cpu_capability", lambda: "portable")
+    monkeypatch.setattr(library, "cpu_capability", lambda: "portable")
     monkeypatch.setattr(backends, "has_triton", lambda: triton)
     report = env_report()
     assert report["kernels on cuda"].startswith("cuda (")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels import backends, producers
+from dipkernels import library, producers
 
 X, Y = torch.randn(6, 8), torch.randint(4, (6,))
 
@@ -128,25 +128,25 @@ def test_a_folder_of_source_that_hides_the_installed_package_is_named(tmp_path, 
     source.mkdir(parents=True)
     site.mkdir(parents=True)
     (site / "_C.so").touch()
-    fresh_library.setattr(backends, "__file__", str(source / "backends.py"))
+    fresh_library.setattr(library, "__file__", str(source / "library.py"))
     fresh_library.setattr("sys.path", [str(source.parent), str(site.parent)])
-    error = backends.library().error
+    error = library.load().error
     assert f"the installed package, in {site}, has one. Run Python from another fold" in error
     shutil.rmtree(site)
-    backends.library.cache_clear()
-    assert "it was not built" in backends.library().error
+    library.load.cache_clear()
+    assert "it was not built" in library.load().error
     with fresh_library.context() as unreadable:  # another user's folder is on PYTHONPATH
         unreadable.setattr(os, "stat", functools.partial(refused, os.stat, str(site)))
         (gone := tmp_path / "gone").mkdir()
         unreadable.chdir(gone)
         unreadable.setattr("sys.path", ["", str(site.parent)])
         gone.rmdir()  # Python was started in a folder that is there no more
-        backends.library.cache_clear()
-        assert "it was not built" in backends.library().error
+        library.load.cache_clear()
+        assert "it was not built" in library.load().error
     (wheel := tmp_path / "dipkernels.whl").touch()  # on PYTHONPATH as it is
-    fresh_library.setattr(backends, "__file__", str(wheel / "dipkernels" / "backends.py"))
-    backends.library.cache_clear()
-    assert f"imported from inside {wheel}, and none loads" in backends.library().error
+    fresh_library.setattr(library, "__file__", str(wheel / "dipkernels" / "library.py"))
+    library.load.cache_clear()
+    assert f"imported from inside {wheel}, and none loads" in library.load().error
 
 
 def test_a_name_with_brackets_matches_itself():

@@ -638,13 +638,13 @@ def test_under_torch_a_sanitizer_runs_without_the_allocator_that_hides_an_overru
 
 
 def test_the_tables_of_expectations_are_what_their_command_writes():
-    from dipkernels import backends
+    from dipkernels.ops import sizes
 
     page = gpu_expectation.PAGE.read_text()
     for name, make in gpu_expectation.TABLES.items():
         assert f"<!-- {name}:begin -->\n\n{make()}\n\n<!-- {name}:end -->" in page
-    assert gpu_expectation.TILE_N == backends.FUSED_COLUMNS
-    assert f"`FUSED_COLUMNS = {backends.FUSED_COLUMNS}`" in page
+    assert gpu_expectation.TILE_N == sizes.FUSED_COLUMNS
+    assert f"`FUSED_COLUMNS = {sizes.FUSED_COLUMNS}`" in page
     # Bound by memory on an H100, by nothing known on another GPU.
     assert (
         gpu_expectation.pass_seconds("NVIDIA H100 80GB HBM3", "P", "cuda", 2**26) == 2**28 / 3.0e12

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from gpucheck import switches
 from source_support import ROOT
 
-from dipkernels import backends
+from dipkernels import library
 
 
 def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
@@ -14,9 +14,9 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
     functions = SimpleNamespace(
         dip_set_cuda_forms=lambda bits: state.__setitem__(0, bits), dip_cuda_forms=lambda: state[0]
     )
-    library = backends.Library("none", cpu_capabilities=("portable",), cuda_archs=("90",))
-    monkeypatch.setattr(backends, "library", lambda: library)
-    monkeypatch.setattr(backends, "c_functions", lambda path: functions)
+    compiled = library.Library("none", cpu_capabilities=("portable",), cuda_archs=("90",))
+    monkeypatch.setattr(library, "load", lambda: compiled)
+    monkeypatch.setattr(library, "c_functions", lambda path: functions)
     found = {}
     for name, context in (switches.walk() | switches.column_sum()).items():
         with context():

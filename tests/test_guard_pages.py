@@ -10,7 +10,7 @@ import torch
 from program_support import PYTHON, needs, printed, program_at, ran
 from source_support import ROOT
 
-from dipkernels.backends import library
+from dipkernels import library
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
 needs_compiler = needs("g++")
@@ -110,7 +110,7 @@ print("inside")
     not hasattr(mmap, "MAP_ANONYMOUS") or sys.platform != "linux", reason="needs mprotect"
 )
 @pytest.mark.skipif(
-    "portable" not in library().cpu_capabilities, reason="needs the compiled library"
+    "portable" not in library.load().cpu_capabilities, reason="needs the compiled library"
 )
 def test_operations_read_nothing_outside_their_tensors():
     assert printed(PYTHON, "-c", EDGES, "inside") == "inside\n"

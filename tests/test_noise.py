@@ -12,8 +12,7 @@ from header_support import header_module, read_vectors
 from program_support import needs, printed
 from source_support import ROOT
 
-from dipkernels import backend, functional, reference
-from dipkernels.backends import library
+from dipkernels import backend, functional, library, reference
 
 SEED = torch.tensor([0x0123456789ABCDEF, 0])
 LANES = [("portable", "portable"), ("native", "portable"), ("native", "avx2"), ("native", "avx512")]
@@ -205,7 +204,7 @@ def test_noise_depends_on_every_part_of_its_seed():
 
 
 @pytest.mark.skipif(
-    "portable" not in library().cpu_capabilities, reason="needs the compiled library"
+    "portable" not in library.load().cpu_capabilities, reason="needs the compiled library"
 )
 def test_noise_keeps_its_bits_from_one_release_to_the_next():
     """The contract allows 4e-6; the kernels' own bits change on purpose only, and then these digits

@@ -10,7 +10,7 @@ import torch
 from layout_support import ALL, cases, fake_of, kinds_of
 from torch.autograd import gradcheck, gradgradcheck
 
-from dipkernels import backends, functional, producers, testing
+from dipkernels import functional, library, producers, testing
 from dipkernels.ops import registry
 from dipkernels.ops.activations import ACTIVATIONS
 from dipkernels.ops.draw import DTYPES, Draw
@@ -264,6 +264,6 @@ def test_a_change_of_a_schema_asks_for_another_interface():
         if not in_python(f"dipkernels::{name}", "CompositeExplicitAutograd")
     )
     digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:12]
-    assert (backends.INTERFACE, digest) == ("4", "136f9ab29e55"), (
-        "raise backends.INTERFACE and `interface` in csrc/perturb_op.cpp, and write both here"
+    assert (library.INTERFACE, digest) == ("4", "136f9ab29e55"), (
+        "raise library.INTERFACE and `interface` in csrc/perturb_op.cpp, and write both here"
     )

@@ -10,7 +10,7 @@ from sums_support import telling_terms
 from timing import saved_bytes
 
 from dipkernels import backend, functional, producers, reference
-from dipkernels.backends import cpu_capability
+from dipkernels.library import cpu_capability
 from dipkernels.ops import gate, norm, registry
 from dipkernels.ops.activations import ACTIVATIONS as PLAIN
 from dipkernels.ops.draw import Draw

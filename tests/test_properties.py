@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import dipkernels as dip
-from dipkernels import backends, functional, reference
-from dipkernels.backends import cpu_capability, library
+from dipkernels import backends, functional, library, reference
+from dipkernels.library import cpu_capability
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import perturb, perturb_bwd, perturb_replay
 
@@ -24,7 +24,7 @@ EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torc
 Z_ERROR = 4e-6  # the contract's tolerance on z
 MOST = 1500  # elements of a case
 pytestmark = pytest.mark.skipif(
-    "portable" not in library().cpu_capabilities, reason="needs the compiled library"
+    "portable" not in library.load().cpu_capabilities, reason="needs the compiled library"
 )
 
 

@@ -17,7 +17,7 @@ from ptx_cuda_host import build
 from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs
 from source_support import module_at
 
-from dipkernels import backends
+from dipkernels import backends, library
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import noise, perturb
 
@@ -30,7 +30,7 @@ def slow(*values):
 
 
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
-HAS_CPU = "portable" in backends.library().cpu_capabilities
+HAS_CPU = "portable" in library.load().cpu_capabilities
 F32, F64, F16, BF16 = DTYPES
 # (architecture, which errors approximate instructions make: docs/reliability.md)
 CONFIGS = [(80, 1), *(slow(config) for config in ((90, 2), (120, 3), (80, 0)))]

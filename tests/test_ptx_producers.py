@@ -26,14 +26,14 @@ from test_ptx_triton import (
     strided,
 )
 
-from dipkernels import backends
+from dipkernels import backends, library
 from dipkernels import ops as cpu
 from dipkernels.ops.draw import Draw
 
 DTYPES = [BF16, F16, F32, F64]
 KINDS = ["layer", "rms"]
 INF, NAN = float("inf"), float("nan")
-HAS_CPU = "portable" in backends.library().cpu_capabilities
+HAS_CPU = "portable" in library.load().cpu_capabilities
 # What float32 arithmetic of a few operations loses, approximate instructions included; float64's.
 FINE = {F64: 4e-14}
 FINE |= dict.fromkeys((BF16, F16, F32), 2e-6)

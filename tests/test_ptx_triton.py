@@ -14,7 +14,7 @@ from ptx_triton_support import compiled
 from source_support import module_at
 from triton_support import load_kernels
 
-from dipkernels import backends
+from dipkernels import backends, library
 from dipkernels.ops import perturb as projection
 from dipkernels.ops.activations import ACTIVATIONS as PLAIN
 from dipkernels.ops.draw import Draw
@@ -94,7 +94,7 @@ def test_compiled_perturb_matches_reference(case, dtype, arch):
     assert ((u.double() - want).abs() - EPS[dtype] * want.abs()).max() <= 4e-6
     for total in (dsigma, both[1]):
         assert (total.double() - want_sum).abs().max() <= 3e-5 * (u.numel() / shape[dim]) ** 0.5
-    if "portable" not in backends.library().cpu_capabilities:
+    if "portable" not in library.load().cpu_capabilities:
         return
     # The bits of the CPU's kernels.
     with backends.backend("cpu"):

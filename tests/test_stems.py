@@ -25,8 +25,8 @@ TESTS = {"gate": PRODUCERS, "norm": PRODUCERS}
 TESTS["linear"] = ["tests/test_linear.py", "tests/test_averaging.py"]
 # A module may import the ones before it, never one after.
 ROWS = """
-arguments worlds reference backends
-ops: draw activations pieces registry dtensor perturb row_blocks linear conv expectation gate norm
+arguments worlds reference library gpus backends
+ops: draw activations pieces sizes registry dtensor perturb row_blocks linear conv expectation gate norm
 functional producers
 noise: contexts guards seeds
 nn: wrappers decay variance inputs tracing layer sharing linear conv input twin norm activation numbering

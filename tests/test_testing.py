@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dipkernels import backends, reference, testing
+from dipkernels import library, reference, testing
 from dipkernels.ops import registry
 
-BACKENDS = ["reference", *(["cpu"] if "portable" in backends.library().cpu_capabilities else [])]
+BACKENDS = ["reference", *(["cpu"] if "portable" in library.load().cpu_capabilities else [])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

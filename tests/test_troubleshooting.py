@@ -74,6 +74,8 @@ REASONS = (
     "models/check.py",
     "nn/variance.py",
     "backends.py",
+    "gpus.py",
+    "library.py",
 )
 
 

@@ -19,8 +19,8 @@ import torch
 from program_support import PYTHON, printed, program_at, ran
 from source_support import ROOT
 
-from dipkernels import backends
-from dipkernels.backends import Library
+from dipkernels import backends, gpus, library
+from dipkernels.library import Library
 
 LIBRARY = ROOT / "dipkernels" / "_C.so"
 on_linux = pytest.mark.skipif(platform.system() != "Linux", reason="wheels are built on Linux")
@@ -193,7 +193,7 @@ def test_building_downloads_nothing():
 def test_torch_too_old_is_named_before_the_library_is_loaded(fresh_library):
     fresh_library.setattr(torch, "__version__", "2.9.1+cpu")
     fresh_library.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
-    error = backends.library().error
+    error = library.load().error
     assert "found torch 2.9.1+cpu" in error
     assert "needs torch >= 2.10" in error
     assert "pip install" in error
@@ -206,7 +206,7 @@ def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
         raise OSError(f"Could not load this library: {path}") from cause  # as torch does
 
     fresh_library.setattr(torch.ops, "load_library", load)
-    error = backends.library().error
+    error = library.load().error
     assert error.startswith("undefined symbol: aoti_torch_new: found torch")
     assert "--force-reinstall" in error
     assert "\n" not in error
@@ -237,7 +237,7 @@ OLD_DRIVER = "offers CUDA {}|need CUDA {} (driver >= {})|update the driver"
     ],
 )
 def test_cuda_problem_names_what_was_found_needed_and_to_do(library, driver, gpu, parts):
-    problem = backends._cuda_problem_of(library, driver, [gpu])
+    problem = gpus.problem_of(library, driver, [gpu])
     if parts is None:
         assert problem is None
     else:
@@ -247,7 +247,7 @@ def test_cuda_problem_names_what_was_found_needed_and_to_do(library, driver, gpu
 @pytest.fixture
 def old_gpu(monkeypatch):
     """A machine whose one GPU is older than what the library was compiled for."""
-    monkeypatch.setattr(backends, "library", lambda: WHEEL_12)
+    monkeypatch.setattr(library, "load", lambda: WHEEL_12)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
     driver = SimpleNamespace(cuDriverGetVersion=lambda found: setattr(found._obj, "value", 12080))
@@ -306,7 +306,7 @@ def test_the_report_shows_why_the_cuda_kernels_do_not_run(old_gpu):
 
 def test_gpus_are_looked_at_when_torch_initialises_cuda_not_before(monkeypatch):
     queued = []
-    monkeypatch.setattr(backends, "library", lambda: WHEEL_12)
+    monkeypatch.setattr(library, "load", lambda: WHEEL_12)
     monkeypatch.setattr(torch.cuda, "_lazy_call", queued.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: pytest.fail("asked"))
     backends.watch_cuda()

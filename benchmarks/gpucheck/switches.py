@@ -17,7 +17,7 @@ import timing
 import torch
 from torch import Tensor, nn
 
-from dipkernels import backends
+from dipkernels import backends, library
 from gpucheck.child import Check, Rows
 from gpucheck.kernels import half, in_turns, per_call
 from gpucheck.layers import prepare
@@ -43,16 +43,16 @@ P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
 @contextlib.contextmanager
 def forms(bits: int) -> Iterator[None]:
     """CUDA's kernels in this form inside. A captured graph keeps what it was captured with."""
-    if not backends.library().cuda_archs:
+    if not library.load().cuda_archs:
         yield
         return
-    library = backends.c_functions(backends.library().path)
-    before = library.dip_cuda_forms()
-    library.dip_set_cuda_forms(bits)
+    functions = library.c_functions(library.load().path)
+    before = functions.dip_cuda_forms()
+    functions.dip_set_cuda_forms(bits)
     try:
         yield
     finally:
-        library.dip_set_cuda_forms(before)
+        functions.dip_set_cuda_forms(before)
 
 
 def walk() -> Settings:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends, worlds
 from ..worlds import is_dtensor
-from . import registry, row_blocks
+from . import registry, row_blocks, sizes
 from .activations import act_of
 from .draw import MAX_SAMPLES, Draw, check_projection
 from .perturb import (
@@ -78,7 +78,7 @@ def device_of(device: str, x: Tensor, weight: Tensor) -> str:
     """x's device as `registry.kernel` wants it, from its type."""
     if device == "cuda" and weight.numel():
         m = x.numel() // weight.shape[1]
-        return registry.WIDE if backends.is_wide(weight.dtype, m, *weight.shape) else device
+        return registry.WIDE if sizes.is_wide(weight.dtype, m, *weight.shape) else device
     return device
 
 

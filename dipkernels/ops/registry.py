@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import sizes
 
 NAMESPACES = {
     "cpu": "dipkernels",
@@ -93,7 +94,7 @@ def _triton(op: str, module: str) -> Callable[..., Any]:
 # one look-up, eager or traced.
 _chosen: dict[tuple[str, str], Callable[..., Any]] = {}
 _fusers: set[str] = set()  # devices where an affine layer may sample inside its GEMM
-# In place of a device: a shape that is backends.is_wide, and any device without kernels of its own.
+# In place of a device: a shape that is sizes.is_wide, and any device without kernels of its own.
 WIDE, OTHER = "cuda, wide", "other"
 
 
@@ -105,7 +106,7 @@ def kernel(op: str, device: str) -> Callable[..., Any]:
 def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
     """Whether an affine layer of these sizes samples inside its GEMM: backends.can_fuse as a
     look-up, and is_narrow."""
-    return device in _fusers and backends.is_narrow(dtype, m, n, k)
+    return device in _fusers and sizes.is_narrow(dtype, m, n, k)
 
 
 def choose_all() -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import library
 from .activations import BACKWARDS, act_of
 from .pieces import flat_rows
 
@@ -66,7 +66,7 @@ def _standard_deviation(sigma: Tensor, log_variance: bool) -> Tensor:
 
 
 def _is_compiled(t: Tensor) -> bool:
-    return t.device.type == "cpu" and bool(backends.library().cpu_capabilities)
+    return t.device.type == "cpu" and bool(library.load().cpu_capabilities)
 
 
 def _noised(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dipkernels import backends, reference
+from dipkernels import backends, library, reference
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import noise, perturb, perturb_bwd, perturb_replay
 
@@ -109,7 +109,7 @@ def draw(shape=(300, 264), **kwargs):
 
 def test_noise_is_one_for_all_backends():
     """CPU, CUDA and Triton to the bit; without the CPU's kernels, the reference within 4e-6."""
-    to_the_bit = "portable" in backends.library().cpu_capabilities
+    to_the_bit = "portable" in library.load().cpu_capabilities
     with backends.backend("cpu" if to_the_bit else "reference"):
         want = noise(seed("cpu"), (300, 264), Draw(1, 2**32 - 100, 0, 3))
     for name in BACKENDS:
@@ -125,7 +125,7 @@ def test_noise_is_one_for_all_backends():
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_u_is_one_for_all_backends(kernels, dtype):
     """To the bit, where sigma is given as it is: exp of a log_variance may round differently."""
-    if "portable" not in backends.library().cpu_capabilities:
+    if "portable" not in library.load().cpu_capabilities:
         pytest.skip("needs the CPU's kernels")
     x, _, sigma = tensors(ROWS, dtype)
     where = Draw(1, 2**32 - 100, 8, 3)

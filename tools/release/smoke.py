@@ -37,25 +37,25 @@ check.failed = False
 
 
 def check_installed(dip, expect):
-    from dipkernels import backends
+    from dipkernels import backends, library
 
     folder = Path(dip.__file__).parent
     check("installed, not a source tree", not (folder.parent / "setup.py").exists(), str(folder))
-    library = backends.library()
+    found = library.load()
     check(
         "the library loads, or was not asked for",
-        library.loaded == (expect != "none"),
-        library.error or library.path,
+        found.loaded == (expect != "none"),
+        found.error or found.path,
     )
     check(
         "CPU kernels",
-        bool(library.cpu_capabilities) == (expect != "none"),
-        " ".join(library.cpu_capabilities),
+        bool(found.cpu_capabilities) == (expect != "none"),
+        " ".join(found.cpu_capabilities),
     )
     check(
         f"CUDA kernels, {'expected' if expect == 'cuda' else 'none expected'} (--expect {expect})",
-        bool(library.cuda_archs) == (expect == "cuda"),
-        f"{' '.join(library.cuda_archs)} by {library.cuda_toolkit}",
+        bool(found.cuda_archs) == (expect == "cuda"),
+        f"{' '.join(found.cuda_archs)} by {found.cuda_toolkit}",
     )
     backend = backends.choose("perturb", "cpu").backend
     check("what runs on the CPU", backend == ("reference" if expect == "none" else "cpu"), backend)

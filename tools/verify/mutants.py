@@ -101,7 +101,8 @@ dipkernels/integrations/transformers.py: integration_transformers integration_de
 dipkernels/integrations/*.py: integration_accelerate integration_lightning
     integration_transformers
 dipkernels/ops/*.py: ops perturb linear averaging noise backends compile check
-dipkernels/**/backends.py: backends ops env_report wheel
+dipkernels/**/backends.py dipkernels/**/library.py dipkernels/**/gpus.py dipkernels/**/sizes.py:
+    backends ops env_report wheel first_mistakes
 dipkernels/**/worlds.py: compile layers tensor_parallel
 dipkernels/**/*.py: layers convert
 """
