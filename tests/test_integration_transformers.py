@@ -27,9 +27,9 @@ from dipkernels.integrations.transformers import (  # noqa: E402
     DIPCallback,
     DIPMixin,
     DIPTrainer,
-    _plain_without_gradients,
     from_pretrained,
 )
+from dipkernels.integrations.transformers.trl import plain_without_gradients  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RUN = 2**32  # keys between the runs of two seeds, as docs/guides/trainers.md says
@@ -473,7 +473,7 @@ def test_replicas_that_would_share_noise_and_zero_3_are_refused(tmp_path, monkey
     with pytest.raises(ValueError, match=said):
         DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
     DIPTrainer(vit(), args, train_dataset=images(), dip=dip.DIPConfig(key=None))
-    zero_3 = "dipkernels.integrations.transformers.is_deepspeed_zero3_enabled"
+    zero_3 = "dipkernels.integrations.transformers.trainer.is_deepspeed_zero3_enabled"
     monkeypatch.setattr(zero_3, lambda: True)
     with pytest.raises(ValueError, match="ZeRO up to stage 2, got stage 3"):
         noisy(tmp_path)
@@ -627,7 +627,7 @@ def test_ctrl_c_in_a_reference_pass_leaves_the_noise_on():
 
 def test_predict_draws_noise_while_reference_passes_are_plain():
     model, x = dip.convert(torch.nn.Linear(3, 2)), torch.randn(4, 3)
-    with _plain_without_gradients(model):
+    with plain_without_gradients(model):
         one, other = dip.predict(model, x, k=2, average=None)
         with torch.no_grad():
             assert torch.equal(model(x), model(x))

@@ -39,7 +39,9 @@ training: analytic trajectories predict objective certify
 reports
 training: tune
 diagnostics config testing
-integrations: parts peft transformers lightning accelerate
+integrations: parts peft
+integrations.transformers: trl pretrained trainer callback
+integrations: lightning accelerate
 env_report
 """
 ORDER = []

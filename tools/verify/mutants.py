@@ -97,7 +97,7 @@ dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: co
 dipkernels/integrations/accelerate.py: integration_accelerate
 dipkernels/integrations/lightning.py: integration_lightning
 dipkernels/integrations/peft.py: integration_peft adapters user_code_loaders
-dipkernels/integrations/transformers.py: integration_transformers integration_deepspeed
+dipkernels/integrations/transformers/*.py: integration_transformers integration_deepspeed
 dipkernels/integrations/*.py: integration_accelerate integration_lightning
     integration_transformers
 dipkernels/ops/*.py: ops perturb linear averaging noise backends compile check

@@ -1,5 +1,4 @@
-"""transformers' Trainer and TRL's trainers: a mixin, a callback, from_pretrained.
-docs/guides/trainers.md."""
+"""A mixin for transformers' Trainer and TRL's trainers."""
 
 from __future__ import annotations
 
@@ -9,10 +8,9 @@ import functools
 import inspect
 import itertools
 import math
-import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..arguments import described, integer
-from ..config import (
+from ...arguments import described, integer
+from ...config import (
     CONFIG_FILE,
     VARIANCES_FILE,
     DIPConfig,
@@ -33,17 +31,15 @@ from ..config import (
     load_state,
     save,
 )
-from ..models.parameters import load_variances, variance_tensors
-from ..models.probe import around, eval_mode, seed_alike, untouched
-from ..nn.wrappers import plain_names
-from ..noise import contexts
-from ..noise.contexts import noise_off
-from ..reports import metrics
-from ..training.objective import kl_penalty, smoothness
-from ..training.predict import logits_of
-from .parts import (
+from ...models.parameters import load_variances, variance_tensors
+from ...models.probe import eval_mode, seed_alike, untouched
+from ...nn.wrappers import plain_names
+from ...noise.contexts import noise_off
+from ...reports import metrics
+from ...training.objective import kl_penalty, smoothness
+from ...training.predict import logits_of
+from ..parts import (
     config_of_run,
-    learning_variances,
     noise_of_step,
     on_trajectories,
     one_start,
@@ -53,6 +49,8 @@ from .parts import (
     warn_of_another,
     warn_of_faults,
 )
+from .pretrained import folder_of_adapter, load_renamed
+from .trl import of_trl, plain_without_gradients
 
 _RUN = 2**32  # keys between the runs of two seeds
 _NO_CONFIG = (
@@ -165,7 +163,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def _dip_without_fused_head(self, model: Any, config: DIPConfig) -> DIPConfig:
         """Without the head whose weight the trainer's loss reads past the layer: TRL's losses and
         Liger's."""
-        fused = self.args.use_liger_kernel or _of_trl(self)
+        fused = self.args.use_liger_kernel or of_trl(self)
         if not (fused and hasattr(model, "get_output_embeddings")):
             return config
         head = model.get_output_embeddings()
@@ -223,7 +221,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **options: Any
     ) -> Tensor:
-        plain = _plain_without_gradients if _of_trl(self) else contextlib.nullcontext
+        plain = plain_without_gradients if of_trl(self) else contextlib.nullcontext
         if not self._dip_checked and self._dip_is_a_mean(inputs, num_items_in_batch):
             self.model_accepts_loss_kwargs, num_items_in_batch = False, None
         if not self._dip_checked:
@@ -328,7 +326,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         n = self.args.gradient_accumulation_steps * ranks
         said = self.loss_is_scaled_for_ga is not None or self.compute_loss_func is not None
-        if items is None or n == 1 or said or _of_trl(self):
+        if items is None or n == 1 or said or of_trl(self):
             return False
         self.model.train()  # as in a step, which may take gradients inside the loss
         one, two = (self._dip_loss_now(inputs, count) for count in (items, 2 * items))
@@ -347,7 +345,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         times as large. So does CTC's in transformers by default. Asked once; all ranks answer as
         one."""
         m, one, many = self.dip_config.m, math.nan, math.nan
-        if m == 1 or _of_trl(self):
+        if m == 1 or of_trl(self):
             return False
         # without dropout the two differ by a factor alone; what only runs in training is asked
         # nothing, and another error comes again in the step
@@ -491,9 +489,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def _dip_restore(self, model: Any, folder: str) -> None:
         own, tied = config_of(model), getattr(model, "all_tied_weights_keys", None) or ()
         if not self.is_fsdp_enabled and self._dip_missing.difference(tied):
-            _load_renamed(model, folder)
+            load_renamed(model, folder)
         if own is None:
-            folder = _folder_of_adapter(model, folder)
+            folder = folder_of_adapter(model, folder)
             config = DIPConfig.load(folder)
             self._dip_check_setting(config)
             load(model, folder, self._dip_first_batches(model) if config.watches_batches else None)
@@ -511,10 +509,6 @@ class DIPTrainer(DIPMixin, transformers.Trainer):
 
 
 # ---- parts ---------------------------------------------------------------------------------------
-
-
-def _of_trl(thing: object) -> bool:
-    return any(c.__module__.startswith("trl.") for c in type(thing).__mro__)
 
 
 def _is_times(first: float, second: float, factor: int) -> bool:
@@ -538,189 +532,3 @@ def _logits(outputs: Any) -> Tensor:
             "loss); set lambda_s=0"
         )
     return found
-
-
-@contextlib.contextmanager
-def _plain_without_gradients(model: Any) -> Iterator[None]:
-    """Inside, a pass of the model without gradients is the plain network's: TRL's reference is the
-    model itself with its adapter off, and its completions are the model's own."""
-    entered: list[contextlib.ExitStack] = []
-
-    def before(*call: Any) -> None:
-        entered.append(contextlib.ExitStack())
-        if not torch.is_grad_enabled() and contexts.MODE != "on":  # as dip.predict has it
-            entered[-1].enter_context(noise_off())
-
-    def after(*call: Any) -> None:
-        entered.pop().close()
-
-    inner = model.get_base_model() if is_peft(model) else model  # generate calls no more than that
-    with around(inner, before, after):  # no hooks: at Ctrl-C torch calls none
-        yield
-
-
-def _folder_of_adapter(model: Any, folder: str) -> str:
-    """Where PEFT writes the active adapter: a folder of its own, unless it is named "default"."""
-    own = os.path.join(folder, str(model.active_adapter)) if is_peft(model) else folder
-    return own if Path(own, CONFIG_FILE).is_file() else folder
-
-
-def _load_renamed(model: Any, folder: str) -> None:
-    """Load what the trainer has not: its load_state_dict does not know the names by which
-    save_pretrained wrote some models.
-
-    transformers 5.24 writes a ViT by its former names, and says no more than "There were missing
-    keys" on resuming.
-    """
-    if not isinstance(model, transformers.PreTrainedModel):
-        return
-    loaded = type(model).from_pretrained(folder).state_dict()
-    missing = model.load_state_dict(loaded, strict=False).missing_keys
-    if missing:
-        raise ValueError(
-            f"folder: expected the weights of this model in {folder}, got none for {missing}"
-        )
-
-
-def from_pretrained(
-    kind: Any, folder: str | os.PathLike[str], *args: Any, batches: Any = None, **options: Any
-) -> Any:
-    """kind.from_pretrained(folder), converted and with its variances: what a trainer or `save` left
-    in the folder.
-
-    Args:
-        kind: A class of transformers, such as AutoModelForCausalLM, or PEFT's
-            AutoPeftModelForCausalLM.
-        folder: A folder with dip_config.json and dip.safetensors.
-        args, options: Those of kind.from_pretrained.
-        batches: As for `dip.load`.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        FileNotFoundError, ValueError: As for `dip.load`. ValueError also for a folder with an
-            adapter and a kind that is not PEFT's, whose layers have other names.
-    """
-    model = kind.from_pretrained(folder, *args, **options)
-    if Path(folder, "adapter_config.json").is_file() and not is_peft(model):
-        raise ValueError(
-            "kind: expected a class of PEFT, such as AutoPeftModelForCausalLM, because the folder "
-            f"holds an adapter, got {kind.__name__}"
-        )
-    return load(model, folder, batches)
-
-
-# ---- where no class can be changed ---------------------------------------------------------------
-
-
-class DIPCallback(transformers.TrainerCallback):
-    """DIP in a Trainer whose class cannot be changed:
-    `Trainer(model, args, callbacks=[DIPCallback(batches=batches)])`.
-
-    It converts and calibrates the model when the trainer is made, adds the gradient of the KL term
-    before each optimiser step, writes dip_config.json and dip.safetensors into each checkpoint, and
-    puts sigma into state.log_history.
-
-    It refuses what a callback cannot do: m > 1 and lambda_s > 0 (the batch and the loss are the
-    trainer's), a key (the noise is drawn from torch's generator, whose state the trainer keeps in
-    its checkpoints), predictions with k > 0, weight decay by the trainer's own optimiser, FSDP,
-    DeepSpeed, and KL under fp16. It warns that the variances learn at the weights' rate, unless
-    `optimizers` is made from `param_groups` after `dip.apply`. The logged loss and the clipped norm
-    do not contain the KL term, and the trainer's loggers do not see sigma. `DIPMixin` does all of
-    this. In TRL's trainers a pass without gradients is the plain network's, as with `DIPMixin`.
-
-    Args:
-        config: A config with m=1 and key=None; by default DIPConfig(m=1, key=None).
-        batches: As `dip.apply`'s. Neither is needed for a model that `dip.apply` has converted.
-
-    Raises:
-        ValueError: The config or the trainer asks for what a callback cannot do. Raised when the
-            callback is made, or the trainer.
-    """
-
-    def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:
-        if config is not None and not isinstance(config, DIPConfig):
-            raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
-        self._asked = config
-        self.config: Any = config  # the model's, once it trains
-        self.batches = batches
-        self._checked, self._training = False, contextlib.ExitStack()
-        if config is not None:
-            _require_possible(config)
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        model, optimizer = options["model"], options.get("optimizer")
-        config = config_of_run(model, self._asked, "config") or DIPConfig(m=1, key=None)
-        _require_possible(config)
-        self.config = config
-        if args.fsdp or args.deepspeed or (args.fp16 and config.kl > 0):
-            raise ValueError(
-                "args: expected neither FSDP, DeepSpeed nor fp16 with a DIPCallback; use DIPMixin"
-            )
-        if optimizer is None and args.weight_decay > 0:
-            raise ValueError(
-                f"weight_decay: expected 0 with a DIPCallback, got {args.weight_decay}: the "
-                "trainer's optimiser would decay the variances. Call dip.apply(model, config, "
-                "batches) and pass optimizers=(torch.optim.AdamW(dip.param_groups(model, "
-                "lr)), None), or use DIPMixin"
-            )
-        if config_of(model) is None:
-            apply(model, config, self.batches)
-        if optimizer is not None:
-            require_groups(model, optimizer, "or leave it to DIPMixin")
-        else:
-            warnings.warn(
-                "DIPCallback: the variances learn at the weights' learning rate, a tenth of the "
-                "recipe's; pass optimizers=(torch.optim.AdamW(dip.param_groups(model, lr)), None) "
-                "after dip.apply, or use DIPMixin",
-                stacklevel=2,
-            )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        if config_of(options["model"]) is None:
-            raise ValueError(
-                "callbacks: expected DIPCallback in Trainer(callbacks=[...]), got one that was "
-                "added later"
-            )
-        # again, for one that was added later
-        self.config = config_of_run(options["model"], self._asked, "config")
-        _require_possible(self.config)
-        self._training.close()  # of a run that an error ended
-        if _of_trl(args):
-            self._training.enter_context(_plain_without_gradients(options["model"]))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        self._training.close()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        model = options["model"]
-        if not self._checked:
-            self._checked = True
-            warn_of_faults(model)
-        parameters, kl = list(learning_variances(model).values()), self.config.kl
-        if kl > 0 and parameters:
-            gradients = torch.autograd.grad(kl_penalty(model, kl), parameters)
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-    def on_log(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        if state.log_history and "loss" in state.log_history[-1]:
-            state.log_history[-1] |= metrics(options["model"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        if not is_peft(options["model"]):
-            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-            save(options["model"], folder, write=args.should_save)
-
-
-def _require_possible(config: DIPConfig) -> None:
-    """Raise ValueError naming all of the config that a callback cannot do."""
-    possible = {"m": 1, "lambda_s": 0, "k": 0, "key": None}
-    wrong = [name for name, value in possible.items() if getattr(config, name) != value]
-    if wrong:
-        raise ValueError(
-            f"config: expected {', '.join(f'{n}={possible[n]}' for n in wrong)}, all that a "
-            f"callback can do, got {', '.join(f'{n}={getattr(config, n)}' for n in wrong)}; use "
-            "DIPMixin in the trainer's class"
-        )
