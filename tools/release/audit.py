@@ -113,7 +113,7 @@ def library_problems(library: Path) -> list[str]:
 
 # In the static CUDA runtime: where NVIDIA's multi-process service keeps its pipe.
 KNOWN_PATHS = {"/tmp/nvidia-mps"}
-ROOMS = "integrations|models|nn|noise|ops|training|triton_kernels"
+ROOMS = "integrations|integrations/transformers|models|nn|noise|ops|training|triton_kernels"
 PACKAGE = re.compile(rf"dipkernels/(?:(?:{ROOMS})/)?\w+\.py|dipkernels/(?:py\.typed|_C\.so)")
 METADATA = re.compile(
     r"dipkernels-[\w.+]+\.dist-info/(?:METADATA|WHEEL|RECORD|top_level\.txt|licenses/[\w.]+|sboms/[\w.-]+)"
