@@ -1,8 +1,10 @@
 """Threads, forks, workers, changing thread counts, shutdown, memory: the same numbers, no hang,
 nothing kept.  docs/reliability.md."""
 
+import copy
 import gc
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -76,6 +78,28 @@ def test_a_drawn_pass_in_each_thread_has_noise_of_its_own():
     results = in_threads(4, lambda i: [model(x).detach() for _ in range(5)])
     flat = [y for part in results for y in part]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
+
+
+def test_threads_train_copies_each_with_its_optimiser():
+    """An optimiser's first step looks at every variance alive, while other threads make more."""
+    model, x = network(), torch.randn(4, 33)
+
+    def work(i):
+        for _ in range(15):
+            own = copy.deepcopy(model)
+            optimizer = torch.optim.AdamW(dip.param_groups(own, 1e-3, variance_lr=1e-3))
+            optimizer.param_groups[0]["weight_decay"] = 0.1
+            one_step(own, x)
+            optimizer.step()
+
+    crowd = [dip.Variance(1) for _ in range(300)]  # the longer the look, the surer the fault
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(8, work)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(crowd) == 300
 
 
 def test_thread_count_may_change_between_forward_and_backward():

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from .. import worlds
 from ..noise import guards
 
-_variances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_variances: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakKeyDictionary[Optimizer, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 _hook: Any = None
 _FEW = 10  # steps may share a key: the inner ones of a meta-learner
@@ -23,7 +23,7 @@ _FEW = 10  # steps may share a key: the inner ones of a meta-learner
 def watch(variance: nn.Module) -> None:
     """From now on the first step of an optimiser that decays a parameter of `variance` warns."""
     global _hook
-    _variances.add(variance)
+    _variances[variance] = None
     if _hook is None:
         _hook = register_optimizer_step_pre_hook(_check)
         register_optimizer_step_pre_hook(_check_key)
@@ -70,7 +70,9 @@ def _check_key(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _count_in(ids: set[int]) -> int:
     """How many variances have a parameter among these."""
-    return sum(any(id(p) in ids for p in _parameters(v)) for v in list(_variances))
+    # a list made in one step, for another thread may make or copy a model meanwhile
+    alive = [v for ref in _variances.keyrefs() if (v := ref()) is not None]
+    return sum(any(id(p) in ids for p in _parameters(v)) for v in alive)
 
 
 def _parameters(variance: nn.Module) -> Iterable[nn.Parameter | None]:
