@@ -188,7 +188,6 @@ class Watch(TorchDispatchMode):
         self._stack: list[tuple[nn.Module, int]] = []
         self._count = 0
         self._reading = 0  # layers around the current operation
-        self._functions = _Functions(self)
 
     # ---- passes
 
@@ -214,7 +213,7 @@ class Watch(TorchDispatchMode):
 
     def _pass(self, model: nn.Module, batch: Any) -> None:
         self._stack, self._reading = [], 0
-        with self._functions, self:
+        with _Functions(self), self:
             made = leaves(run_batch(model, batch))
             self._note(made, "the model returns it")
         # a returned object may keep a tensor; a returned tensor's graph keeps what nobody reads
