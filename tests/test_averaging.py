@@ -196,6 +196,21 @@ def test_mean_multiplies_as_often_as_the_loop_in_float32(dtype, num_samples, mon
     assert multiplications == (2 * num_samples + (dtype.itemsize < 4)) * x.numel() * len(weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mean_multiplies_in_float32_without_instructions_for_16_bits(dtype, monkeypatch):
+    x, weight, bias, sigma, dy = inputs(41, 24, 12, dtype)
+    how = (weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 10, "gelu")
+    whole, parts = [], []
+    monkeypatch.setattr(row_blocks, "_TILE", 10)
+    for found, has in ((whole, True), (parts, False)):
+        monkeypatch.setattr(row_blocks, "_has_instructions", lambda _, has=has: has)
+        with Products() as products:
+            found += row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how)
+        assert {kind for _, kind, _ in products.found} == {dtype if has else torch.float32}
+    for got, want in zip(parts, whole, strict=True):
+        assert (got.double() - want.double()).norm() <= 4 * EPS[dtype] * want.double().norm()
+
+
 @pytest.mark.parametrize("activation", [*NAMES, "identity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypatch):

@@ -8,10 +8,10 @@ Backward draws again, and multiplies all but the first sample again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import library
@@ -34,6 +34,12 @@ _CPU_PART = 2**18
 # of as many calls; more are summed in float32. A GPU's library may round parts of one product to
 # its result's type, and a variance's gradient is a small difference of such numbers.
 _NARROW_SUMS = 32
+_TILE = 512  # of a product in float32: rows, columns, and what it sums over at a time
+# of x86 processors, for products: one of them will do
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
 
 
 def _blocks(
@@ -113,16 +119,47 @@ def _pre_activations(
 ) -> Tensor:
     """h_s of the noised rows u_s [samples, rows, K]; before them the first sample's [rows, N],
     where it is given."""
-    if first is None:
-        return F.linear(u.flatten(0, 1), weight, bias).view(*u.shape[:2], len(weight))
-    h = u.new_empty(len(u) + 1, *first.shape)
-    h[0].copy_(first)
-    out = h[1:].flatten(0, 1)
-    if bias is None:
-        torch.mm(u.flatten(0, 1), weight.t(), out=out)
-    else:
-        torch.addmm(bias, u.flatten(0, 1), weight.t(), out=out)
+    before = first is not None
+    h = u.new_empty(len(u) + before, u.shape[1], len(weight))
+    if first is not None:
+        h[0].copy_(first)
+    _affine(u.flatten(0, 1), weight, bias, h[before:].flatten(0, 1))
     return h
+
+
+def _affine(u: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if _multiplies_in_float32(u):
+        for place, product in _products(u, weight.t()):
+            out[place] = product if bias is None else product.add_(bias[place[1]])
+    elif bias is None:
+        torch.mm(u, weight.t(), out=out)
+    else:
+        torch.addmm(bias, u, weight.t(), out=out)
+
+
+@functools.cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of 16 bits, as far as torch knows."""
+    read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 has none
+    has = read() if read else {}
+    return has.get("architecture") != "x86_64" or any(has.get(n) for n in _INSTRUCTIONS[dtype])
+
+
+def _multiplies_in_float32(t: Tensor) -> bool:
+    """Without instructions torch's products take four times as long, in float16 a hundred times."""
+    return t.device.type == "cpu" and t.dtype in _INSTRUCTIONS and not _has_instructions(t.dtype)
+
+
+def _products(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Parts of a b, each in float32 and with its place."""
+    for i in range(0, len(a), _TILE):
+        for j in range(0, b.shape[1], _TILE):
+            rows, columns = slice(i, i + _TILE), slice(j, j + _TILE)
+            left, right = a[rows], b[:, columns]
+            product = torch.zeros(len(left), right.shape[1])
+            for part, other in zip(left.split(_TILE, 1), right.split(_TILE)):
+                product.addmm_(part.float(), other.float())
+            yield (rows, columns), product
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -172,7 +209,10 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
     """total [N, K] += factor a b."""
-    if total.dtype is a.dtype:
+    if _multiplies_in_float32(a):
+        for place, product in _products(a, b):
+            total[place].add_(product, alpha=factor)
+    elif total.dtype is a.dtype:
         total.addmm_(a, b, alpha=factor)
     elif a.device.type == "cpu":
         total.add_(torch.mm(a, b), alpha=factor)
@@ -296,7 +336,8 @@ def linear_bwd(
         read = _noised(flat.contiguous(), scale, seed, row0, col0, samples[:1], factor, dtype)[0]
     _add_product(dweight, sums.t(), read.to(dtype))
     del read  # before dx, which is as large
-    dx = sums @ weight
+    dx = sums.new_empty(len(sums), weight.shape[1])
+    _affine(sums, weight.t(), None, dx)
     if shifts:
         of_first = -1, row0, col0, sample, factor, False
         dsigma.add_(torch.ops.dipkernels.perturb_bwd(dx, scale, seed, *of_first))
