@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .arguments import integer, one_of, real
 from .models.calibrate import PERS, amounts, calibrate
-from .models.convert import PLACES, convert, to_plain
+from .models.convert import PLACES, convert, unchanged_by_errors
 from .models.convertible import TWINS, base_layer, is_adapter, of_peft
 from .models.marks import CONFIG
 from .models.parameters import load_variances, variances
@@ -266,7 +266,7 @@ def apply(model: Model, config: DIPConfig, batches: Iterable[Any] | None = None)
             "batches: expected some, because ratio measures the inputs on them, got None; or set "
             "init_variance=... in the config"
         )
-    with _plain_again(model):
+    with unchanged_by_errors(model):
         convert_as(model, config, batches)
         calibrate_as(model, config, batches or ())
     return model
@@ -364,18 +364,6 @@ def require_order(model: nn.Module) -> None:
         )
 
 
-@contextlib.contextmanager
-def _plain_again(model: nn.Module) -> Any:
-    """After an error inside, or Ctrl-C, the model is plain where it was."""
-    was_plain = not dip_layers(model)
-    try:
-        yield
-    except BaseException:
-        if was_plain and dip_layers(model):
-            to_plain(model)
-        raise
-
-
 def remember_config(model: nn.Module, config: DIPConfig) -> None:
     """From now on `config_of` the model is this one, in whatever it is wrapped, and of its parts
     that had another; a model of PEFT carries its variances with its adapters."""
@@ -470,7 +458,7 @@ def load(
         True
     """
     config, state = DIPConfig.load(folder), load_state(folder)
-    with _plain_again(model):
+    with unchanged_by_errors(model):
         if not dip_layers(model):
             convert_as(model, config, batches)
         require_order(model)

@@ -5,11 +5,13 @@ docs/reliability.md. A failed allocation inside a kernel: test_guard_pages.py.
 """
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import recipe_support
 import torch
+from torch import nn
 
 import dipkernels as dip
 from dipkernels import functional
@@ -17,6 +19,7 @@ from dipkernels.noise import contexts
 
 resource = pytest.importorskip("resource")
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
+FOLDERS = ("dipkernels/models/", "dipkernels/nn/")
 
 
 @pytest.fixture(autouse=True)
@@ -110,16 +113,76 @@ def test_a_row0_out_of_range_in_predict_leaves_no_noise_on():
     assert contexts.MODE is None and torch.backends.mha.get_fastpath_enabled() == fast_path
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_while_a_layer_is_converted_leaves_its_class(error, monkeypatch):
-    def fails(*args):
-        raise error
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2)
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.gate, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
-    monkeypatch.setattr(dip.DIPLinear, "_set_up", fails)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with pytest.raises(error):
-        dip.convert(model)
-    assert type(model[0]) is torch.nn.Linear
+    def forward(self, x):
+        x = self.norm(x)
+        x = self.q(x) + self.k(x)
+        x = self.attention(x, x, x)[0]
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def state_of(model):
+    """Each module's class, attributes, and the names in each of its dictionaries."""
+    return [
+        (type(m), list(vars(m)), [list(v) for v in vars(m).values() if isinstance(v, dict)])
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"share": [("q", "k")]}, {"place": "producer", "batches": [torch.randn(3, 8)]}]
+)
+@pytest.mark.parametrize("work", ["convert", "to_plain"])
+def test_ctrl_c_in_convert_and_to_plain_changes_nothing_or_all(work, options):
+    def made():
+        torch.manual_seed(0)
+        model = Block()
+        return model if work == "convert" else dip.convert(model, **options)
+
+    def run(model, stop=None):
+        """The number of lines of dipkernels.models and dipkernels.nn that it ran; at one of them
+        Ctrl-C."""
+        count = 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            if not any(name in frame.f_code.co_filename for name in FOLDERS):
+                return None
+            count += event == "line"
+            if count == stop and event == "line":
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            dip.convert(model, **options) if work == "convert" else dip.to_plain(model)
+        finally:
+            sys.settrace(None)
+        return count
+
+    run(made())  # what the first call alone does is done
+    model = made()
+    before, total = state_of(model), run(model)
+    after, seen = state_of(model), []
+    for stop in range(total, 0, -max(1, total // 60)):
+        model = made()
+        with pytest.raises(KeyboardInterrupt):
+            run(model, stop)
+        seen.append(state_of(model))
+        assert seen[-1] in (before, after), stop
+    assert before in seen
+    model = made()
+    handle = model.q.register_forward_hook(lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, total - 20)
+    handle.remove()
+    assert not model.q._forward_hooks
 
 
 def test_ctrl_c_in_apply_and_load_leaves_a_plain_model(tmp_path, monkeypatch):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +69,10 @@ def convert(
     z), in place.
 
     A layer gets another class and a child `variance`. Modules keep their identity, hooks and
-    Parameters; shared modules stay shared. Name patterns are those of Python's fnmatch, compared
-    with full names: `"head"`, `"*.down_proj"`, `"blocks.0*"`. A name is that in the model itself,
-    whatever has wrapped it or a part of it: torch.compile, checkpoint_wrapper, DDP.
+    Parameters; shared modules stay shared. After an error, and after Ctrl-C, the model is as it
+    was. Name patterns are those of Python's fnmatch, compared with full names: `"head"`,
+    `"*.down_proj"`, `"blocks.0*"`. A name is that in the model itself, whatever has wrapped it or a
+    part of it: torch.compile, checkpoint_wrapper, DDP.
 
     Args:
         model: Any module, also a single layer. A second call converts the layers that are still
@@ -113,7 +115,7 @@ def convert(
     Raises:
         TypeError: Something other than the expected model, pattern, function or number.
         ValueError: Nothing matched, a pattern matches nothing, `before` names a module that cannot
-            have noise before it, or a value is bad. The model is as it was.
+            have noise before it, or a value is bad.
         RuntimeError: FSDP or DDP has wrapped the model: variances added after that would not be
             synchronised.
 
@@ -171,26 +173,26 @@ def convert(
         _warn_unreached(plan)
     _warn_of_twice([names[m][0] for m in again])
     _warn_without_noise(choice)  # some make it an error: nothing has changed yet
-    # From here on the model changes.
     devices |= {move.producer: move.device for move in made}
     bare = [m for m in staying if weight_of(m) is None]  # an adapter around a layer of HQQ
     devices |= {m: p.device for m in bare for p in [*m.parameters()][:1]}
-    for module, twin in twins.items():
-        start, width = starts.get(module, {}), features.get(module, 0)
-        _become_dip(module, twin, start, num_samples, width, devices.get(module))
-        if isinstance(module, DIPLinear):
-            module.keep = keep
-    for move in moves:
-        if move.block is not None:
-            block, twin = move.block
-            block.__class__ = twin
-    for group in groups:
-        share_noise([module for module in group if isinstance(module, DIPLayer)])
-    for wrapper in names:  # that PEFT put around layers which were converted before
-        if (kept := put_away(wrapper)) is not None and dip_layers(kept):
-            to_plain(kept)
-    number_layers(model)
-    remember(model, choice.noised, moved, plan)
+    with unchanged_by_errors(model):
+        for module, twin in twins.items():
+            start, width = starts.get(module, {}), features.get(module, 0)
+            _become_dip(module, twin, start, num_samples, width, devices.get(module))
+            if isinstance(module, DIPLinear):
+                module.keep = keep
+        for move in moves:
+            if move.block is not None:
+                block, twin = move.block
+                block.__class__ = twin
+        for group in groups:
+            share_noise([module for module in group if isinstance(module, DIPLayer)])
+        for wrapper in names:  # that PEFT put around layers which were converted before
+            if (kept := put_away(wrapper)) is not None and dip_layers(kept):
+                to_plain(kept)
+        number_layers(model)
+        remember(model, choice.noised, moved, plan)
     return model
 
 
@@ -268,24 +270,45 @@ def to_plain(model: nn.Module) -> nn.Module:
     if faults:
         fault, at_fault = next(iter(faults.items()))
         raise ValueError(fault.format(at_fault))
-    ignored = {*vars(model).pop("_ddp_params_and_buffers_to_ignore", ())} - own_buffers(layers)
-    if ignored:
-        model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
     if _is_noise_alone(inmost(model)):
         return nn.Identity()
-    for module in list(model.modules()):
-        if isinstance(module, DIPMultiheadAttention):
-            module.to_plain_in_place()
-        elif isinstance(module, MadeTwin) and not isinstance(module, DIPLayer):
-            # a block of a gated product, or a model of PEFT that carried its variances
-            module.__class__ = module.plain_type  # type: ignore[assignment]
-        elif isinstance(module, DIPLayer) and not _is_noise_alone(module):
-            _become_plain(module)
-        for name, child in module._modules.items():
-            if child is not None and _is_noise_alone(inmost(child)):  # what wraps it goes too
-                module._modules[name] = nn.Identity()
-    forget(model)
+    with unchanged_by_errors(model):
+        ignored = {*vars(model).pop("_ddp_params_and_buffers_to_ignore", ())} - own_buffers(layers)
+        if ignored:
+            model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+        for module in list(model.modules()):
+            if isinstance(module, DIPMultiheadAttention):
+                module.to_plain_in_place()
+            elif isinstance(module, MadeTwin) and not isinstance(module, DIPLayer):
+                # a block of a gated product, or a model of PEFT that carried its variances
+                module.__class__ = module.plain_type  # type: ignore[assignment]
+            elif isinstance(module, DIPLayer) and not _is_noise_alone(module):
+                _become_plain(module)
+            for name, child in module._modules.items():
+                if child is not None and _is_noise_alone(inmost(child)):  # what wraps it goes too
+                    module._modules[name] = nn.Identity()
+        forget(model)
     return model
+
+
+@contextlib.contextmanager
+def unchanged_by_errors(model: nn.Module) -> Iterator[None]:
+    """After an error inside, or Ctrl-C, every module of the model has its class, attributes, parts
+    and hooks of before. What its tensors hold stays as it is."""
+    before = []
+    for module in model.modules():
+        own = vars(module)
+        dicts = [own, *(value for value in own.values() if isinstance(value, dict))]
+        before.append((module, type(module), [(d, dict(d)) for d in dicts]))
+    try:
+        yield
+    except BaseException:
+        for module, kind, states in before:
+            module.__class__ = kind
+            for now, then in states:
+                now.clear()
+                now.update(then)
+        raise
 
 
 # ---- what becomes what, and with which variance --------------------------------------------------
@@ -354,16 +377,12 @@ def _become_dip(
     features: int,
     device: torch.device | None,
 ) -> None:
-    plain, module.__class__ = type(module), twin
+    module.__class__ = twin
     module.__dict__.pop("forward", None)  # the plain class's
-    try:
-        if twin is DIPMultiheadAttention:
-            module._set_up(start, num_samples)
-            return
-        module._set_up(features, start[""], num_samples, device)
-    except BaseException:  # without a variance it could do nothing, not even become plain again
-        module.__class__ = plain
-        raise
+    if twin is DIPMultiheadAttention:
+        module._set_up(start, num_samples)
+        return
+    module._set_up(features, start[""], num_samples, device)
     base = base_layer(module)
     if base is not module and isinstance(base, DIPLayer):
         # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and
