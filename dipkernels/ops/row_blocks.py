@@ -146,7 +146,7 @@ def _has_instructions(dtype: torch.dtype) -> bool:
 
 
 def _multiplies_in_float32(t: Tensor) -> bool:
-    """Without instructions torch's products take four times as long, in float16 a hundred times."""
+    """Without instructions torch's own products of 16 bits take several times as long."""
     return t.device.type == "cpu" and t.dtype in _INSTRUCTIONS and not _has_instructions(t.dtype)
 
 
