@@ -308,6 +308,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     its peak would come out too small by as much.
     """
     call()
+    gc.collect()  # what earlier calls left in cycles is not freed during this one
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

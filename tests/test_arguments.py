@@ -25,7 +25,7 @@ def net():
 
 def certified(**options):
     model = nn.Sequential(dip.DIPInput(4), nn.Linear(4, 3))
-    return dip.certify(model, X, **{"k": 2, "k0": 2, **options})
+    return dip.certify(model, X[:1], **{"k": 2, "k0": 2, **options})
 
 
 def tuned(**options):
@@ -78,6 +78,7 @@ INTEGERS = {
     "predict, dim": ("dim", lambda v: dip.predict(net(), X, k=2, dim=v), -1, 1),
     "certify, k": ("k", lambda v: certified(k=v), 1, None),
     "certify, k0": ("k0", lambda v: certified(k0=v), 1, None),
+    "certify, chunk": ("chunk", lambda v: certified(chunk=v), 1, None),
     "tune": ("budget", lambda v: tuned(budget=v), 1, None),
     "progress": ("every", lambda v: dip.progress([X], net(), every=v, file=io.StringIO()), 1, None),
     "predictor": ("k", lambda v: predictor(net(), v), 0, None),

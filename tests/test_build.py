@@ -20,8 +20,17 @@ def python(*arguments, cwd=ROOT, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def setup_py(*arguments, **environment):
-    return python("setup.py", *arguments, **environment)
+@pytest.fixture
+def planned(monkeypatch, capsys):
+    """What setup.py says of its plan under variables, or why it makes none."""
+
+    def plan(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        module_at("setup.py").plan()
+        return capsys.readouterr().out
+
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -55,9 +64,9 @@ def setup_py(*arguments, **environment):
         (dict(NVCC_APPEND_FLAGS="-prec-sqrt=false"), "got '-prec-sqrt=false'"),
     ],
 )
-def test_build_refuses_what_it_cannot_do(environment, expected):
-    status, output = setup_py("--version", **environment)
-    assert status != 0 and expected in output
+def test_build_refuses_what_it_cannot_do(environment, expected, planned):
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        planned(**environment)
 
 
 @pytest.mark.parametrize(
@@ -84,18 +93,17 @@ def test_build_refuses_what_it_cannot_do(environment, expected):
         (NO_COMPILER, ["no C++ compiler", "pure Python install"]),
     ],
 )
-def test_build_says_what_it_builds_and_why(environment, expected):
-    status, output = setup_py("--version", **environment)
-    assert status == 0 and all(text in output for text in expected)
+def test_build_says_what_it_builds_and_why(environment, expected, planned):
+    output = planned(**environment)
+    assert all(text in output for text in expected)
 
 
-def test_a_compiler_for_another_system_is_none(tmp_path):
+def test_a_compiler_for_another_system_is_none(tmp_path, planned):
     """A Mac's g++ links no library for Linux."""
-    compiler = program_at(tmp_path / "g++", "echo arm64-apple-darwin23.6.0")
-    status, output = setup_py("--version", CXX=str(compiler), DIPKERNELS_CPU="")
-    assert status == 0 and "no C++ compiler for Linux" in output
-    status, output = setup_py("--version", CXX=str(compiler), DIPKERNELS_CPU="1")
-    assert status != 0 and "there is no C++ compiler for Linux" in output
+    compiler = str(program_at(tmp_path / "g++", "echo arm64-apple-darwin23.6.0"))
+    assert "no C++ compiler for Linux" in planned(CXX=compiler, DIPKERNELS_CPU="")
+    with pytest.raises(SystemExit, match=r"there is no C\+\+ compiler for Linux"):
+        planned(CXX=compiler, DIPKERNELS_CPU="1")
 
 
 def test_a_build_for_aarch64_asks_for_nothing_of_x86_and_fuses_nothing_unasked(
@@ -127,7 +135,8 @@ def test_build_without_torch_says_how_to_get_it(without_torch, tmp_path, argumen
     folders = ["--build-lib", tmp_path, "--build-temp", tmp_path]
     if arguments == ["egg_info"]:
         folders = ["--egg-base", tmp_path]
-    status, output = setup_py(*arguments, *folders, DIPKERNELS_CUDA=cuda, **without_torch)
+    given = {"DIPKERNELS_CUDA": cuda, **without_torch}
+    status, output = python("setup.py", *arguments, *folders, **given)
     assert status != 0 and "Traceback" not in output
     for said in ("torch is needed", "pip install --no-build-isolation .", "ninja"):
         assert said in output
@@ -143,7 +152,8 @@ def test_build_without_torch_says_how_to_get_it(without_torch, tmp_path, argumen
 def test_build_under_an_old_version_says_so(tmp_path, module, version, expected):
     source = f"__version__ = '{version}'\nExtension = setup = None\n"
     (tmp_path / f"{module}.py").write_text(source)
-    status, output = setup_py("--version", PYTHONPATH=str(tmp_path), DIPKERNELS_CUDA="")
+    given = {"PYTHONPATH": str(tmp_path), "DIPKERNELS_CUDA": ""}
+    status, output = python("setup.py", "--version", **given)
     assert status != 0 and expected in output
 
 
@@ -299,15 +309,14 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("home, found", [("toolkit", "toolkit/bin/nvcc"), ("none", "nvcc")])
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
 def test_nvcc_is_looked_for_in_cuda_home_then_on_the_path_as_by_torch(
-    tmp_path, variable, home, found
+    tmp_path, variable, home, found, planned
 ):
     (tmp_path / "toolkit" / "bin").mkdir(parents=True)
     for name, text in (("toolkit/bin/nvcc", ""), ("nvcc", ""), ("c++", COMPILER)):
         program_at(tmp_path / name, text)
     places = {"PATH": str(tmp_path), "CUDA_HOME": "", variable: str(tmp_path / home)}
     compilers = dict(NVCC="", CXX=str(tmp_path / "c++"), DIPKERNELS_CPU="", DIPKERNELS_CUDA="")
-    status, output = setup_py("--version", **places, **compilers)
-    assert status == 0 and f"(nvcc {tmp_path / found}, torch" in output
+    assert f"(nvcc {tmp_path / found}, torch" in planned(**places, **compilers)
 
 
 @pytest.mark.slow

@@ -288,12 +288,6 @@ def test_a_model_that_draws_in_eval_mode_is_certified():
         dip.certify(model, x, k=50)
 
 
-@pytest.mark.parametrize("chunk, error", [(None, TypeError), ("2", TypeError), (0, ValueError)])
-def test_certify_names_a_chunk_that_makes_no_sense(chunk, error):
-    with pytest.raises(error, match="chunk: expected an integer >= 1, got"):
-        dip.certify(Compares(lambda y: y), torch.rand(1, 3), k=50, chunk=chunk)
-
-
 def test_one_example_in_a_pass_of_its_own_is_compared_with_none():
     model, x = Compares(lambda y: y - y.mean(0) + y), torch.rand(1, 3)
     assert len(dip.certify(model, x, k=50, chunk=1).classes) == 1

@@ -75,8 +75,8 @@ dipkernels/**/row_blocks.py dipkernels/**/expectation.py: averaging properties
 dipkernels/**/functional.py: perturb linear averaging layers properties seeds worlds
     first_mistakes
 dipkernels/**/norm.py dipkernels/**/gate.py dipkernels/**/producer*.py: producers producer_modules
-    ops compile producer_plan
-dipkernels/**/activation*.py: producers producer_modules averaging producer_plan
+    ops compile producer_plan producer_norms gated_products
+dipkernels/**/activation*.py: producers producer_modules averaging producer_plan gated_products
 dipkernels/**/attention.py: attention layers
 dipkernels/**/tracing.py: tracing worlds
 dipkernels/**/decay.py: user_code_variance layers
@@ -91,13 +91,15 @@ dipkernels/**/trajectories.py dipkernels/**/predict.py: trajectories objective
 dipkernels/training/*.py: objective trajectories recipe
 dipkernels/**/probe.py dipkernels/**/check.py: check before convert
 dipkernels/**/place.py dipkernels/**/forms.py dipkernels/**/readers.py dipkernels/**/gated.py
-    dipkernels/**/marks.py: producer_plan producer_modules before models
+    dipkernels/**/marks.py: producer_plan producer_norms gated_products producer_modules before
+    models
 dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert calibrate
     before first_mistakes recipe user_code_variance check user_code_loaders models adapters config
 dipkernels/integrations/accelerate.py: integration_accelerate
 dipkernels/integrations/lightning.py: integration_lightning
 dipkernels/integrations/peft.py: integration_peft adapters user_code_loaders
-dipkernels/integrations/transformers/*.py: integration_transformers integration_deepspeed
+dipkernels/integrations/transformers/*.py: integration_transformers integration_trl
+    integration_deepspeed
 dipkernels/integrations/*.py: integration_accelerate integration_lightning
     integration_transformers
 dipkernels/ops/*.py: ops perturb linear averaging noise backends compile check
