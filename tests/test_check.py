@@ -421,6 +421,20 @@ def test_layers_that_moved_or_were_taken_out_are_no_fault(change):
     assert not faults(model)
 
 
+def test_a_layer_with_weights_may_get_the_name_of_one_that_a_list_lost():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    dip.convert(model.append(nn.Linear(8, 4)))
+    del model[0]
+    assert not faults(model, X)
+    model[0] = nn.BatchNorm1d(8)  # a new one has no name but its own
+    assert list(faults(model, X)) == ["0"]
+    model[0], model[3] = nn.Identity(), dip.to_plain(model[3])
+    assert list(faults(copy.deepcopy(model), X)) == []
+    model[1] = dip.to_plain(model[1])
+    model.append(nn.Linear(4, 4))
+    assert list(faults(dip.convert(model), X)) == []
+
+
 def test_a_layer_whose_producer_was_replaced_is_converted_again():
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
     dip.convert(model, place="producer", batches=X)

@@ -969,12 +969,76 @@ def test_a_producer_that_was_replaced_leaves_its_readers_to_the_next_conversion(
     assert list(dip_layers(dip.convert(model))) == ["stem", "a", "b", "head"]
 
 
+class Attends(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.act, self.head = nn.GELU(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.head(self.act(self.attn(h, h, h)[0]))
+
+
+@PLACES
+def test_an_attention_whose_producer_was_replaced_is_noised_again(options):
+    plain = Attends()
+    model = dip.convert(copy.deepcopy(plain), **at_producers([X]))
+    assert list(dip_layers(model)) == ["norm", "attn.out_proj", "act"]
+    with pytest.raises(ValueError, match="found none"):
+        dip.convert(model)
+    with pytest.raises(ValueError, match="found none"):
+        dip.convert(copy.deepcopy(model.attn))  # in another model too
+    model.norm = copy.deepcopy(plain.norm)
+    with pytest.raises(ValueError, match="norm: was replaced"):
+        dip.check(model, X)
+    dip.convert(model, **options)
+    parts = ["norm"] if options else ["attn.in_proj"]
+    assert sorted(dip_layers(model)) == sorted([*parts, "attn.out_proj", "act"])
+    assert dip.check(model, X)
+    assert torch.equal(dip.to_plain(model)(X), plain(X))
+
+
 def test_a_layer_left_out_when_its_producer_was_replaced_is_noised_later():
     model = dip.convert(net(), **at_producers([X]), exclude=["stem"])
     model.act = nn.SiLU()
     dip.convert(model, **at_producers([X]), exclude=["head"])
     assert list(dip_layers(model)) == ["stem", "norm"]
     assert list(dip_layers(dip.convert(model))) == ["stem", "norm", "head"]
+
+
+@PLACES
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_layer_whose_producer_left_a_list_is_named_and_noised_again(options, copied):
+    layers = nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Flatten(1, 1), nn.Linear(8, 8)
+    plain = nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, 2))
+    model = dip.convert(plain, **at_producers([X]))
+    model = copy.deepcopy(model) if copied else model
+    # Now the last layer has the name of the one that read the GELU, which 2 was, as is that one.
+    del model[2:4]
+    report = dip.check(model, X, strict=False)
+    assert list(report.faults) == ["2"] and "left the model" in report.faults["2"]
+    part = copy.deepcopy(model[2])
+    dip.convert(model, **options)
+    assert list(dip_layers(model)) == ["0", "2", "3"]
+    assert dip.check(model, X)
+    with pytest.raises(ValueError, match="found none"):  # it alone is known to read a producer
+        dip.convert(part)
+
+
+def test_a_producer_may_be_put_in_place_of_another():
+    model = dip.convert(net(), **at_producers([X]), exclude=["stem"])
+    model.act = copy.deepcopy(model.act)
+    assert dip.check(model, X)
+    assert list(dip_layers(dip.convert(model))) == ["stem", "norm", "act"]
+
+
+def test_a_part_that_is_converted_forgets_no_producer_outside():
+    model = dip.convert(net(), **at_producers([X]))
+    model.head = nn.Sequential(model.head, nn.Linear(3, 2))
+    dip.convert(model.head)
+    assert noised_where_made(model)[model.head[0]] is model.act
 
 
 def test_modules_that_are_compiled_one_by_one_keep_their_plan():

@@ -21,10 +21,13 @@ from ..nn.wrappers import plain_names, unwrapped
 from ..noise import contexts
 from ..ops.dtensor import full
 from .convertible import put_away
-from .marks import CONVERTED, PLAN
+from .marks import CONVERTED, PLAN, SEEN, left_by_producers
 from .patterns import around as around_name
 from .probe import around, eager, leaves, run_batch, untouched
 
+_NO_PRODUCER = (
+    "what noised its input has left the model or draws no more, so it has no noise: convert again"
+)
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
     "has it: call dip.number_layers(model), which gives it back"
@@ -143,9 +146,10 @@ def _replaced(model: nn.Module) -> dict[str, str]:
 
     Not those that have other names since then (an insertion into a Sequential), nor what was taken
     out of a list of modules, or replaced by what has no weights (nn.Identity): nothing runs there
-    without noise. But the readers of a producer that was replaced do.
+    without noise. But the readers of a producer that was replaced or taken out do.
     """
     found = {}
+    left = dict.fromkeys(left_by_producers(model), _NO_PRODUCER)
     modules = plain_names(model, remove_duplicate=False)
     for prefix, root in plain_names(model).items():
         names = vars(root).get(CONVERTED, ())
@@ -157,12 +161,14 @@ def _replaced(model: nn.Module) -> dict[str, str]:
         depth = max(name.count(".") for name in names)
         renamed = sum(name.count(".") <= depth for name in named_layers(root)) >= len(names)
         plan = vars(root).get(PLAN)
-        producers = () if plan is None else [row.producer for row in plan.moved]
+        readers = {} if plan is None else {row.producer: row.layers for row in plan.moved}
         for full_name in lost:
             name, module = full_names[full_name], modules.get(full_name)
             if module is None:
                 if not (renamed or _taken_out(modules, full_name)):
                     found[full_name] = "is gone since it was converted"
+                continue
+            if SEEN in vars(module):  # which has this name since a list lost another
                 continue
             kind = f"{type(module).__module__}.{type(module).__name__}"
             if any(isinstance(inner, DIPLayer) for inner in module.modules()):
@@ -171,11 +177,13 @@ def _replaced(model: nn.Module) -> dict[str, str]:
                     found[full_name] = (
                         f"was put inside a {kind} since it was converted: convert again"
                     )
-            elif not (renamed or (name not in producers and not module.state_dict())):
+            elif not (renamed or (name not in readers and not module.state_dict())):
                 found[full_name] = (
                     f"was replaced since it was converted, by a {kind} without noise: convert again"
                 )
-    return found
+                for reader in readers.get(name, ()):
+                    left.pop(f"{prefix}.{reader}".strip("."), None)
+    return found | left
 
 
 def _taken_out(modules: Mapping[str, nn.Module], name: str) -> bool:

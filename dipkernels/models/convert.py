@@ -151,7 +151,7 @@ def convert(
     groups = _groups(choice, share)
     plan, moves = find_moves(model, choice, batches) if place == "producer" else (None, [])
     made = [move for move in moves if move.twin is not None]
-    moved = {layer for move in moves for layer in move.layers}
+    moved = {layer: move.producer for move in moves for layer in move.layers}
     staying = [m for m in matched if m not in moved]
     groups = [[m for m in group if m not in moved] for group in groups]
     groups = [group for group in groups if len(group) > 1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.attention import DIPMultiheadAttention, DIPOutProjection
+from ..nn.attention import DIPMultiheadAttention, DIPOutProjection, in_projections
 from ..nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
@@ -38,7 +38,7 @@ def counts_as(module: nn.Module) -> type[nn.Module] | None:
     kind = type(module)
     if kind in TWINS:
         return kind
-    if kind is OUT_PROJECTION:
+    if kind is OUT_PROJECTION or _is_half_dip(module):
         return nn.MultiheadAttention
     if is_conv1d_type(kind):
         return nn.Linear
@@ -64,9 +64,15 @@ def _computes_as(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def is_candidate(module: nn.Module, types: Types) -> bool:
     """Whether it is no DIP layer, and is or counts as one of `types`."""
-    if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
-        return False
-    return isinstance(module, types) or counts_as(module) in types
+    dip = isinstance(module, (DIPLayer, DIPMultiheadAttention)) and not _is_half_dip(module)
+    return not dip and (isinstance(module, types) or counts_as(module) in types)
+
+
+def _is_half_dip(module: nn.Module) -> bool:
+    """Whether it is an attention that noises its out-projection's input alone, as one does whose
+    own input a producer noised."""
+    whole = type(module) is DIPMultiheadAttention
+    return whole and not in_projections(module).keys() & module._modules.keys()
 
 
 def is_conv1d_type(kind: type | None) -> bool:
@@ -126,6 +132,8 @@ def twin_of(module: nn.Module) -> type[Any]:
         return DIPOutProjection
     if kind in TWINS:
         return TWINS[kind]
+    if kind is DIPMultiheadAttention:
+        return kind
     if (base := _computes_as(kind)) is not None:
         return made_type(TWINS[base], kind)
     package = kind.__module__.split(".")[2].capitalize() if is_adapter(module) else ""

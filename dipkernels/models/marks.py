@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 CONVERTED = "_dip_converted"
 PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
 KNOWN = "_dip_known"  # beside it: the names of all modules that there were
-# in that of a layer whose input is noised where it is made: known in a part of the model too
+_PRODUCERS = "_dip_producers"  # in that of a converted model: what noises the input of its readers
+SEEN = "_dip_seen"  # in that of every module that was there when the model was converted
+# in that of a layer whose input is noised where it is made: what does so, or None where a part was
+# converted that has it not. Names move where a list of modules loses one; objects do not.
 _READS_NOISE = "_dip_reads_noise"
 CONFIG = "_dip_config"  # in that of a model that a DIPConfig was applied to: the config
 # in that of a model of PEFT: {adapter: its variances} of those that are not active
@@ -31,12 +34,12 @@ WAITING = "_dip_waiting"
 def remember(
     model: nn.Module,
     noised: Mapping[nn.Module, nn.Module | None],
-    moved: Iterable[nn.Module],
+    moved: Mapping[nn.Module, nn.Module],
     plan: ProducerPlan | None,
 ) -> None:
     """Leave the names of its DIP layers with the model and with their parents, by which `check`
     misses the replaced; and what `noised_where_made` is to find: what it found before, and the
-    layers and plan of this conversion."""
+    layers, each with its producer, and plan of this conversion."""
     modules = plain_names(model)
     layers = tuple(name for name, module in modules.items() if isinstance(module, DIPLayer))
     inside: dict[str, list[str]] = {}
@@ -47,11 +50,15 @@ def remember(
         modules[parent].__dict__[CONVERTED] = tuple(children)
     root = modules[""]
     root.__dict__[CONVERTED] = layers
-    for module in modules.values():
-        module.__dict__.pop(_READS_NOISE, None)
-    for module in (*noised, *moved):
-        if not isinstance(module, DIPLayer):  # noised at its input too, because `before` names it
-            base_layer(module).__dict__[_READS_NOISE] = True
+    reads = {**noised, **moved}
+    # one that `before` names is noised at its input too
+    plain = {base_layer(m): made for m, made in reads.items() if not isinstance(m, DIPLayer)}
+    for module in model.modules():
+        module.__dict__[SEEN] = True
+        before = module.__dict__.pop(_READS_NOISE, None)
+        if module in plain:
+            module.__dict__[_READS_NOISE] = plain[module] or before
+    root.__dict__[_PRODUCERS] = tuple({made: None for made in reads.values() if made is not None})
     if plan is not None:
         producers = {*noised.values()} - {None}
         earlier = getattr(vars(root).get(PLAN), "moved", ())
@@ -62,7 +69,7 @@ def remember(
 
 def forget(model: nn.Module) -> None:
     for module in model.modules():
-        for key in (CONVERTED, PLAN, KNOWN, _READS_NOISE, CONFIG, WAITING):
+        for key in (CONVERTED, PLAN, KNOWN, _PRODUCERS, SEEN, _READS_NOISE, CONFIG, WAITING):
             module.__dict__.pop(key, None)
 
 
@@ -83,24 +90,51 @@ def new_beside_producers(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return [*found]
 
 
+def _by_marks(model: nn.Module) -> tuple[dict[nn.Module, nn.Module | None], list[nn.Module]]:
+    """The layers whose input is noised where it is made, as `noised_where_made`; and those that
+    were such layers, and what noised their input has left the model or draws no more."""
+    found: dict[nn.Module, nn.Module | None] = {}
+    left: list[nn.Module] = []
+    inside = dict.fromkeys(model.modules())
+    known = {made for m in inside for made in vars(m).get(_PRODUCERS, ())}
+    for module in inside:
+        made = vars(base_layer(module)).get(_READS_NOISE, module)
+        if made is module or isinstance(module, DIPLayer):
+            continue
+        if made in inside and getattr(made, "noises_output", False):
+            found[module] = made
+        elif made in inside or made in known:
+            left.append(module)
+        else:
+            found[module] = None
+    return found, left
+
+
 def noised_where_made(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
     """The layers, and the adapters around layers, whose input is noised where it is made, each with
     the module that does so; None for one that is not known, as outside of the model.
 
-    By the mark that a layer keeps under any name; and by the plan, for the layer that took the
-    place of one reads that noise, and where the producer was replaced none does.
+    By the mark that a layer keeps under any name; and by the plan, for the layer or producer that
+    took the place of one.
     """
-    found: dict[nn.Module, nn.Module | None] = {
-        m: None for m in model.modules() if _READS_NOISE in vars(base_layer(m))
-    }
+    found, left = _by_marks(model)
     for root in reversed([m for m in model.modules() if PLAN in vars(m)]):  # the innermost first
         modules = plain_names(root)
         for row in vars(root)[PLAN].moved:
             producer = modules.get(row.producer)
-            noises = getattr(producer, "noises_output", False)
+            if not getattr(producer, "noises_output", False):
+                continue
             for reader in (modules[name] for name in row.layers if name in modules):
                 first = next((m for m in reader.modules() if is_candidate(m, (*TWINS,))), reader)
-                found.pop(first, None)
-                if noises and not isinstance(first, DIPLayer):
+                is_new = SEEN not in vars(first) and first not in found
+                if (is_new or first in left) and not isinstance(first, DIPLayer):
                     found[first] = producer
     return found
+
+
+def left_by_producers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers, by name, that draw no noise and read none, for what noised their input has left
+    the model or draws no more."""
+    noised = noised_where_made(model)
+    left = {m for m in _by_marks(model)[1] if m not in noised}
+    return {name: m for name, m in plain_names(model).items() if m in left}

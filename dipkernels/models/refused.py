@@ -165,7 +165,8 @@ def _reason(module: nn.Module, types: Types) -> str | None:
         return f"a subclass of nn.{base}, whose forward may be its own: {way_out} input"
     if replaced := REPLACED.get(forward_set_by(module)):
         return replaced
-    if taken := names_taken(module, twin_of(module)):
+    twin = twin_of(module)
+    if twin is not kind and (taken := names_taken(module, twin)):
         return f"it has {taken} of its own, names that a DIP layer uses: rename them"
     weight = None if is_adapter(module) else getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
