@@ -15,6 +15,7 @@ import dipkernels as dip
 from dipkernels.models.gated import gated_parts
 from dipkernels.nn.activation import GatedBlock
 from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import dip_layers
 from dipkernels.noise.contexts import fixed_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*converted apart have one number")
@@ -116,6 +117,23 @@ def test_a_gated_product_is_drawn_in_one_pass(kind, read):
         assert torch.equal(again(X), got)
     assert "1.silu.variance.log_variance" in model.state_dict()
     dip.calibrate(model, [X])
+    assert_plain(dip.to_plain(model)[1], plain[1])
+
+
+@pytest.mark.parametrize("kind", [Gated, Halves])
+@pytest.mark.parametrize("change", ["replaced", "turned back"])
+def test_a_gated_product_whose_activation_changed_is_the_blocks_own(kind, change):
+    plain = nn.Sequential(nn.LayerNorm(8), kind())
+    model = dip.convert(copy.deepcopy(plain), place="producer", batches=[X])
+    if change == "replaced":
+        model[1].silu, plain[1].silu = nn.GELU(), nn.GELU()
+    else:
+        dip.to_plain(model[1].silu)
+    assert list(dip.check(model, X, strict=False).faults) == ["1.silu"]
+    assert torch.equal(model.eval()(X), plain(X))
+    dip.convert(model.train())
+    assert list(dip_layers(model)) == ["0", "1.w2"] and dip.check(model, X)
+    assert torch.equal(model.eval()(X), plain(X))
     assert_plain(dip.to_plain(model)[1], plain[1])
 
 

@@ -220,7 +220,7 @@ class DIPGatedActivation(GateProducer, GatedActivation):
 
 class GatedBlock(nn.Module):
     """Before the class of a block down(act(gate(x)) * up(x)), whose activation is a GateProducer:
-    down(act(gate(x), up(x)))."""
+    down(act(gate(x), up(x))). The block's own forward where another activation took its place."""
 
     plain_type: type[nn.Module]
     # the names of down, act, gate, up; the last two are one where they are halves of what it makes
@@ -228,11 +228,20 @@ class GatedBlock(nn.Module):
     input_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs[self.input_name]
         down, act, gate, up = self.parts
+        product: Any = getattr(self, act)
+        if not isinstance(product, GateProducer) and not _holds_product(product):
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else kwargs[self.input_name]
         a = getattr(self, gate)(x)
         a, b = a.chunk(2, dim=-1) if gate == up else (a, getattr(self, up)(x))
-        return getattr(self, down)(getattr(self, act)(a, b))
+        return getattr(self, down)(product(a, b))
+
+
+def _holds_product(module: object) -> bool:
+    """Whether it is a wrapper (torch.compile) around a GateProducer."""
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    return any(isinstance(part, GateProducer) for part in parts)
 
 
 def gated_block_type(kind: type[nn.Module], parts: tuple[str, str, str, str]) -> type[Any]:
