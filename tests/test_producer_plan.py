@@ -951,6 +951,15 @@ def test_a_head_that_is_added_behind_a_producer_is_not_noised_twice_unsaid():
     for options, said in (({"exclude": ["heads.1"]}, "more"), ({}, r"heads\.1")):
         with pytest.warns(dip.DIPConversionWarning, match=f"of their own: {said}\\. One"):
             dip.convert(model, **options)
+    # in a new model around what is left of the first
+    model = nn.Sequential(dip.convert(net(Heads), **at_producers([X])).trunk, nn.Linear(6, 2))
+    with no_warning():
+        assert list(dip_layers(dip.convert(copy.deepcopy(model), **at_producers([X])))) == [
+            "0.0",
+            "0.1",
+        ]
+    with pytest.warns(dip.DIPConversionWarning, match=r"of their own: 1\. One"):
+        dip.convert(model)
     outer = nn.ModuleDict({"net": grown(), "new": nn.Linear(2, 2)})
     with pytest.warns(dip.DIPConversionWarning, match=r"of their own: net\.heads\.1\. One"):
         dip.convert(outer)

@@ -168,7 +168,7 @@ def convert(
     # of an attention that reads a producer the out-projection is noised all the same
     twins |= {m: DIPMultiheadAttention for m in moved if isinstance(m, nn.MultiheadAttention)}
     if plan is None:
-        _warn_unwatched(new_beside_producers(model, [names[m][0] for m in staying]))
+        _warn_unwatched(new_beside_producers(model, {names[m][0]: m for m in staying}))
     elif plan.moved or noises_outputs(model):
         _warn_unreached(plan)
     _warn_of_twice([names[m][0] for m in again])

@@ -4,7 +4,7 @@ conversion, `check` and saving."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -22,7 +22,8 @@ CONVERTED = "_dip_converted"
 PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
 KNOWN = "_dip_known"  # beside it: the names of all modules that there were
 _PRODUCERS = "_dip_producers"  # in that of a converted model: what noises the input of its readers
-SEEN = "_dip_seen"  # in that of every module that was there when the model was converted
+# in that of every module that was there when the model was converted: whether it is a producer
+SEEN = "_dip_seen"
 # in that of a layer whose input is noised where it is made: what does so, or None where a part was
 # converted that has it not. Names move where a list of modules loses one; objects do not.
 _READS_NOISE = "_dip_reads_noise"
@@ -53,16 +54,17 @@ def remember(
     reads = {**noised, **moved}
     # one that `before` names is noised at its input too
     plain = {base_layer(m): made for m, made in reads.items() if not isinstance(m, DIPLayer)}
+    producers = {*reads.values()}
     for module in model.modules():
-        module.__dict__[SEEN] = True
+        module.__dict__[SEEN] = module in producers or vars(module).get(SEEN, False)
         before = module.__dict__.pop(_READS_NOISE, None)
         if module in plain:
             module.__dict__[_READS_NOISE] = plain[module] or before
     root.__dict__[_PRODUCERS] = tuple({made: None for made in reads.values() if made is not None})
     if plan is not None:
-        producers = {*noised.values()} - {None}
+        still = {*noised.values()} - {None}
         earlier = getattr(vars(root).get(PLAN), "moved", ())
-        kept = [row for row in earlier if modules.get(row.producer) in producers]
+        kept = [row for row in earlier if modules.get(row.producer) in still]
         root.__dict__[PLAN] = dataclasses.replace(plan, moved=(*kept, *plan.moved))
         root.__dict__[KNOWN] = frozenset(modules)
 
@@ -78,15 +80,22 @@ def noises_outputs(model: nn.Module) -> bool:
     return any(getattr(module, "noises_output", False) for module in model.modules())
 
 
-def new_beside_producers(model: nn.Module, layers: Iterable[str]) -> list[str]:
+def new_beside_producers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """The names of those that came after a conversion with place="producer", of which nobody knows
-    whether they read what a producer noises."""
+    whether they read what a producer noises: beside one that was taken out of its model too."""
     found: dict[str, None] = {}
+    watched: set[nn.Module] = set()
     for prefix, root in plain_names(model).items() if noises_outputs(model) else ():
+        if KNOWN not in vars(root):
+            continue
         inside = prefix and f"{prefix}."
-        for name in layers if KNOWN in vars(root) else ():
+        for name in layers:
             if name.startswith(inside) and name.removeprefix(inside) not in vars(root)[KNOWN]:
                 found[name] = None
+        watched.update(root.modules())
+    alone = (m for m in model.modules() if m not in watched and vars(m).get(SEEN))
+    if any(getattr(module, "noises_output", False) for module in alone):
+        found |= {n: None for n, m in layers.items() if m not in watched and SEEN not in vars(m)}
     return [*found]
 
 
