@@ -55,8 +55,12 @@ def remember(
     # one that `before` names is noised at its input too
     plain = {base_layer(m): made for m, made in reads.items() if not isinstance(m, DIPLayer)}
     producers = {*reads.values()}
+    # not of an adapter's base layer, which is to be missed where it takes the place of the whole
+    within = {part for name in layers for part in [*modules[name].modules()][1:]}
     for module in model.modules():
-        module.__dict__[SEEN] = module in producers or vars(module).get(SEEN, False)
+        seen = vars(module).pop(SEEN, False)
+        if module not in within:
+            module.__dict__[SEEN] = seen or module in producers
         before = module.__dict__.pop(_READS_NOISE, None)
         if module in plain:
             module.__dict__[_READS_NOISE] = plain[module] or before
