@@ -327,7 +327,7 @@ def _groups(choice: Choice, share: Sequence[Sequence[str]]) -> list[list[nn.Modu
             parent, _, own = name.rpartition(".")
             if patterns.all(own, name):
                 by_parent.setdefault(parent, []).append(module)
-        patterns.require_used(matched.values(), "a layer to convert")
+        patterns.require_used(matched.values(), "a layer still to be converted")
         groups += [group for group in by_parent.values() if len(group) > 1]
     taken: set[nn.Module] = set()
     for group in groups:
