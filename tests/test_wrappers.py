@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import dipkernels as dip
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 WRAPS = {
     "compile": lambda m: torch.compile(m, backend="eager"),
@@ -60,7 +61,6 @@ def converted(model):
 @pytest.mark.parametrize("where", [whole, parts])
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_patterns_match_and_tables_show_the_names_of_the_plain_model(wrap, where):
-    torch._dynamo.reset()
     torch.manual_seed(0)
     plain = converted(network())
     assert plain[1] == ["0.1", "0.2", "0.3", "1"]
@@ -72,7 +72,6 @@ def test_patterns_match_and_tables_show_the_names_of_the_plain_model(wrap, where
 @pytest.mark.parametrize("where", [whole, parts])
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_what_was_wrapped_after_it_was_converted_has_the_same_names(wrap, where):
-    torch._dynamo.reset()
     model = where(lambda module: wrap(dip.convert(module)))
     assert [row.name for row in dip.calibrate(model, [X], {"0.*": 0.5, "1": 1.0})] == [
         *("0.0", "0.2", "0.3"),
@@ -83,7 +82,6 @@ def test_what_was_wrapped_after_it_was_converted_has_the_same_names(wrap, where)
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_a_layer_that_was_replaced_is_named_and_one_that_was_wrapped_is_none(wrap):
-    torch._dynamo.reset()
     model = dip.convert(network())
     model[0] = wrap(model[0])
     assert not dip.check(model, X, strict=False).faults
@@ -96,7 +94,6 @@ def test_a_layer_that_was_replaced_is_named_and_one_that_was_wrapped_is_none(wra
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_a_plan_of_a_wrapped_model_is_shown_and_known_to_a_second_conversion(wrap):
-    torch._dynamo.reset()
     model = whole(wrap)
     dip.convert(model, {"0.1": 0.04, "*": 0.01}, place="producer", batches=[X])
     summary = dip.summary(model)
@@ -110,7 +107,6 @@ def test_a_plan_of_a_wrapped_model_is_shown_and_known_to_a_second_conversion(wra
 @pytest.mark.parametrize("where", [whole, parts])
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_errors_and_warnings_have_the_names_of_the_plain_model(wrap, where):
-    torch._dynamo.reset()
     model = where(wrap)
     dip.convert(model)
     first, second, *_ = (m for m in model.modules() if isinstance(m, dip.DIPLinear))
@@ -128,7 +124,6 @@ def test_errors_and_warnings_have_the_names_of_the_plain_model(wrap, where):
 
 
 def test_a_config_matches_the_names_of_the_plain_model():
-    torch._dynamo.reset()
     config = dip.DIPConfig(include=["0"], exclude=["0.3"], ratio={"0.0": 0.5, "0.2": 1.0})
     model = dip.apply(whole(WRAPS["compile"]), config, [X])
     assert [row.name for row in dip.summary(model)] == ["0.0", "0.2"]
@@ -138,7 +133,6 @@ def test_a_config_matches_the_names_of_the_plain_model():
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_a_config_is_that_of_the_model_inside_and_of_its_copies(wrap, tmp_path):
-    torch._dynamo.reset()
     config = dip.DIPConfig(init_variance=0.04)
     model = dip.apply(wrap(network()), config)
     inside = next(model.children())
@@ -151,7 +145,6 @@ def test_a_config_is_that_of_the_model_inside_and_of_its_copies(wrap, tmp_path):
 @pytest.mark.parametrize("where", [whole, parts])
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_variances_by_the_names_of_a_wrapped_models_state_dict_load_into_the_plain_one(wrap, where):
-    torch._dynamo.reset()
     wrapped, plain = dip.convert(where(wrap), 0.25), dip.convert(network())
     state = {n: t for n, t in wrapped.state_dict().items() if ".variance." in n}
     dip.load_variances(plain, state)
@@ -162,7 +155,6 @@ def test_variances_by_the_names_of_a_wrapped_models_state_dict_load_into_the_pla
 @pytest.mark.parametrize("part", ["act", "down"])
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_a_gated_product_with_a_wrapped_part_moves_as_the_plain_one(wrap, part):
-    torch._dynamo.reset()
     plain, wrapped = nn.Sequential(Gated()), nn.Sequential(Gated())
     setattr(wrapped[0], part, wrap(getattr(wrapped[0], part)))
     for own, other in zip(wrapped.parameters(), plain.parameters()):
@@ -209,7 +201,6 @@ class Holds(nn.Module):
 @pytest.mark.parametrize("wrap", [lambda model: model, *WRAPS.values()], ids=["plain", *WRAPS])
 @pytest.mark.parametrize("name", ["_orig_mod", "module"])
 def test_a_child_that_is_called_as_a_wrappers_keeps_its_name(name, wrap):
-    torch._dynamo.reset()
     model = dip.convert(wrap(Holds(name)))
     state = dip.variances(model)
     assert next(iter(state)) == f"{name}.0.0.variance.log_variance"
@@ -225,7 +216,6 @@ def test_a_model_whose_class_is_called_as_a_wrappers_is_a_model():
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_to_plain_takes_noise_away_that_is_wrapped_by_itself(wrap):
-    torch._dynamo.reset()
     model = dip.number_layers(nn.Sequential(wrap(dip.DIPInput(8)), nn.Linear(8, 4)))
     assert not torch.equal(model(X), model(X))
     assert torch.equal(dip.to_plain(model)(X), model[1](X))
