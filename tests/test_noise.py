@@ -147,20 +147,6 @@ def test_noise_ignores_instruction_set_and_threads(shape, dim):
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-@pytest.mark.parametrize(
-    "rows, cols",
-    [(slice(0, 4), slice(0, 8)), (slice(3, 9), slice(5, 22)), (slice(8, 9), slice(16, 24))],
-)
-def test_noise_of_a_window_is_the_window_of_the_noise(name, rows, cols):
-    with backend(name):
-        whole = functional.noise((12, 24), SEED)
-        shape = (rows.stop - rows.start, cols.stop - cols.start)
-        assert torch.equal(
-            functional.noise(shape, SEED, row0=rows.start, col0=cols.start), whole[rows, cols]
-        )
-
-
-@pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_noise_numbers_rows_in_the_order_of_the_other_dimensions(name):
     with backend(name):
         flat = functional.noise((2 * 3 * 5, 16), SEED)
