@@ -652,13 +652,14 @@ def test_under_an_option_the_losses_are_those_without_and_a_run_resumes_to_the_b
         same(again.model, whole.model)
 
 
-def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(tmp_path):
-    def trainer(where):
-        model = vit()
-        model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
-        return noisy(tmp_path / where, CONFIG, model, max_steps=4, **SAVING)
+def sharding(folder, model):
+    """A trainer whose checkpoints hold the model in shards."""
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
+    return noisy(folder, CONFIG, model, max_steps=4, **SAVING)
 
-    whole, again = trainer("a"), trainer("b")
+
+def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(tmp_path):
+    whole, again = (sharding(tmp_path / where, vit()) for where in "ab")
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
     same(again.model, whole.model)
@@ -669,19 +670,12 @@ def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(tmp_path):
 
 
 def test_shards_of_a_model_are_loaded_once_and_lack_nothing(tmp_path, monkeypatch):
-    def trainer():
-        model = llama()
-        model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
-        return noisy(tmp_path, CONFIG, model, max_steps=4, **SAVING)
-
-    trainer().train()
+    sharding(tmp_path, llama()).train()
     monkeypatch.delattr(transformers.PreTrainedModel, "from_pretrained")
-    warned = []
-    monkeypatch.setattr(
-        transformers.trainer.logger, "warning", lambda said, *_: warned.append(said)
-    )
-    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert not [said for said in warned if "missing keys" in said]
+    said = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda text, *_: said.append(text))
+    sharding(tmp_path, llama()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not [text for text in said if "missing keys" in text]
 
 
 # ---- several processes ---------------------------------------------------------------------------
