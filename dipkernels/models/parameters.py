@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..arguments import real
 from ..nn.inputs import undense
-from ..nn.numbering import need_layers, require_module
+from ..nn.layer import DIPLayer
+from ..nn.numbering import named_layers, need_layers
 from ..nn.sharing import orphans
 from ..nn.variance import TENSORS, Variance, require_finite_values
 from ..nn.wrappers import plain_names, without_wrappers
@@ -42,7 +43,8 @@ def param_groups(
 
     Raises:
         TypeError: Something other than a model or a number.
-        ValueError: A bad value, a variance_lr without a DIP layer, or a model without parameters.
+        ValueError: A bad value, a variance_lr without a DIP layer, a model without parameters, or
+            with a variance of a layer that has left it.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
@@ -56,7 +58,7 @@ def param_groups(
         weight_decay = real("weight_decay", weight_decay, least=0)
     if variance_lr is not None:
         variance_lr = real("variance_lr", variance_lr, least=0)
-    require_module(model)
+    _require_owners({n: m for n, m in named_layers(model).items() if m.log_variance.requires_grad})
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
     # torchrl's losses keep parameters outside of their layers, and stack those of several networks
     copied = (p for name, p in model.named_parameters() if name.endswith("variance.log_variance"))
@@ -105,16 +107,21 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = need_layers(model)
     require_finite(layers)
-    if left := orphans(layers):
-        raise ValueError(
-            f"model: expected the variances of all its DIP layers, got {list(left)} that share one "
-            "of a layer that has left the model; call dip.number_layers(model)"
-        )
+    _require_owners(layers)
     found = {}
     for name, (m, part) in variance_tensors(model).items():
         values = m.detached() if part == "log_variance" else dtensor.full(getattr(m, part))
         found[name] = values.cpu().clone()
     return found
+
+
+def _require_owners(layers: Mapping[str, DIPLayer]) -> None:
+    """Raise ValueError where the variance of a layer is a parameter of none of these."""
+    if left := orphans(layers):
+        raise ValueError(
+            f"model: expected the variances of all its DIP layers, got {list(left)} that share one "
+            "of a layer that has left the model; call dip.number_layers(model)"
+        )
 
 
 @torch.no_grad()
