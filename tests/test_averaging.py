@@ -196,6 +196,23 @@ def test_mean_multiplies_as_often_as_the_loop_in_float32(dtype, num_samples, mon
     assert multiplications == (2 * num_samples + (dtype.itemsize < 4)) * x.numel() * len(weight)
 
 
+@pytest.mark.parametrize(
+    "told, has",
+    [
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_fp16": True}, False),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_bf16": True}, True),
+        ({"neon": True, "bf16": True}, True),  # no x86 processor
+        ({}, True),
+    ],
+)
+def test_products_are_torchs_where_it_names_no_lack_of_instructions(told, has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    assert row_blocks._has_instructions.__wrapped__(torch.bfloat16) is has
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert row_blocks._has_instructions.__wrapped__(torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mean_multiplies_in_float32_without_instructions_for_16_bits(dtype, monkeypatch):
     x, weight, bias, sigma, dy = inputs(41, 24, 12, dtype)
@@ -204,7 +221,7 @@ def test_mean_multiplies_in_float32_without_instructions_for_16_bits(dtype, monk
     monkeypatch.setattr(row_blocks, "_TILE", 10)
     for found, has in ((whole, True), (parts, False)):
         monkeypatch.setattr(row_blocks, "_has_instructions", lambda _, has=has: has)
-        with Products() as products:
+        with Products() as products, torch.device("meta"):
             found += row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how)
         assert {kind for _, kind, _ in products.found} == {dtype if has else torch.float32}
     for got, want in zip(parts, whole, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,9 +141,9 @@ def _affine(u: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 @functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of 16 bits, as far as torch knows."""
-    read = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 has none
-    has = read() if read else {}
-    return has.get("architecture") != "x86_64" or any(has.get(n) for n in _INSTRUCTIONS[dtype])
+    read: Any = getattr(torch.cpu, "get_capabilities", dict)  # an older torch has none
+    has = [read()[name] for name in _INSTRUCTIONS[dtype] if name in read()]
+    return any(has) or not has
 
 
 def _multiplies_in_float32(t: Tensor) -> bool:
@@ -156,7 +157,7 @@ def _products(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, slice], Tenso
         for j in range(0, b.shape[1], _TILE):
             rows, columns = slice(i, i + _TILE), slice(j, j + _TILE)
             left, right = a[rows], b[:, columns]
-            product = torch.zeros(len(left), right.shape[1])
+            product = a.new_zeros(len(left), right.shape[1], dtype=torch.float32)
             for part, other in zip(left.split(_TILE, 1), right.split(_TILE)):
                 product.addmm_(part.float(), other.float())
             yield (rows, columns), product
