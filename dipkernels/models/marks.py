@@ -103,9 +103,13 @@ def new_beside_producers(model: nn.Module, layers: Mapping[str, nn.Module]) -> l
     return [*found]
 
 
-def _by_marks(model: nn.Module) -> tuple[dict[nn.Module, nn.Module | None], list[nn.Module]]:
+def _readers(model: nn.Module) -> tuple[dict[nn.Module, nn.Module | None], list[nn.Module]]:
     """The layers whose input is noised where it is made, as `noised_where_made`; and those that
-    were such layers, and what noised their input has left the model or draws no more."""
+    were such layers, and what noised their input has left the model or draws no more.
+
+    By the mark that a layer keeps under any name; and by the plan, for the layer or producer that
+    took the place of one.
+    """
     found: dict[nn.Module, nn.Module | None] = {}
     left: list[nn.Module] = []
     inside = dict.fromkeys(model.modules())
@@ -120,18 +124,7 @@ def _by_marks(model: nn.Module) -> tuple[dict[nn.Module, nn.Module | None], list
             left.append(module)
         else:
             found[module] = None
-    return found, left
-
-
-def noised_where_made(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
-    """The layers, and the adapters around layers, whose input is noised where it is made, each with
-    the module that does so; None for one that is not known, as outside of the model.
-
-    By the mark that a layer keeps under any name; and by the plan, for the layer or producer that
-    took the place of one.
-    """
-    found, left = _by_marks(model)
-    for root in reversed([m for m in model.modules() if PLAN in vars(m)]):  # the innermost first
+    for root in reversed([m for m in inside if PLAN in vars(m)]):  # the innermost first
         modules = plain_names(root)
         for row in vars(root)[PLAN].moved:
             producer = modules.get(row.producer)
@@ -142,12 +135,17 @@ def noised_where_made(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
                 is_new = SEEN not in vars(first) and first not in found
                 if (is_new or first in left) and not isinstance(first, DIPLayer):
                     found[first] = producer
-    return found
+    return found, [module for module in left if module not in found]
+
+
+def noised_where_made(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
+    """The layers, and the adapters around layers, whose input is noised where it is made, each with
+    the module that does so; None for one that is not known, as outside of the model."""
+    return _readers(model)[0]
 
 
 def left_by_producers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers, by name, that draw no noise and read none, for what noised their input has left
     the model or draws no more."""
-    noised = noised_where_made(model)
-    left = {m for m in _by_marks(model)[1] if m not in noised}
+    left = _readers(model)[1]
     return {name: m for name, m in plain_names(model).items() if m in left}

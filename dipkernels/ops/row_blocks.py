@@ -141,8 +141,8 @@ def _affine(u: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 @functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of 16 bits, as far as torch knows."""
-    read: Any = getattr(torch.cpu, "get_capabilities", dict)  # an older torch has none
-    has = [read()[name] for name in _INSTRUCTIONS[dtype] if name in read()]
+    told: Any = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch has none
+    has = [told[name] for name in _INSTRUCTIONS[dtype] if name in told]
     return any(has) or not has
 
 
