@@ -196,21 +196,28 @@ def test_mean_multiplies_as_often_as_the_loop_in_float32(dtype, num_samples, mon
     assert multiplications == (2 * num_samples + (dtype.itemsize < 4)) * x.numel() * len(weight)
 
 
+SAPPHIRE_RAPIDS = {"avx512_bf16": True, "avx512_fp16": True, "cpu_name": "Intel Xeon"}
+
+
 @pytest.mark.parametrize(
-    "told, has",
+    "told, fast",
     [
         ({"avx512_bf16": False, "amx_bf16": False, "avx512_fp16": True}, False),
         ({"avx512_bf16": False, "amx_bf16": True}, True),
         ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": True, "avx512_fp16": True, "cpu_name": "AMD EPYC"}, True),
+        # Sapphire Rapids, and what a virtual machine may leave of it
+        (SAPPHIRE_RAPIDS | {"amx_bf16": True}, True),
+        (SAPPHIRE_RAPIDS | {"amx_bf16": False}, False),
         ({"neon": True, "bf16": True}, True),  # no x86 processor
         ({}, True),
     ],
 )
-def test_products_are_torchs_where_it_names_no_lack_of_instructions(told, has, monkeypatch):
+def test_products_are_torchs_where_it_names_no_lack_of_instructions(told, fast, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
-    assert row_blocks._has_instructions.__wrapped__(torch.bfloat16) is has
+    assert row_blocks._multiplies_fast.__wrapped__(torch.bfloat16) is fast
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert row_blocks._has_instructions.__wrapped__(torch.bfloat16)
+    assert row_blocks._multiplies_fast.__wrapped__(torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -219,11 +226,11 @@ def test_mean_multiplies_in_float32_without_instructions_for_16_bits(dtype, monk
     how = (weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 10, "gelu")
     whole, parts = [], []
     monkeypatch.setattr(row_blocks, "_TILE", 10)
-    for found, has in ((whole, True), (parts, False)):
-        monkeypatch.setattr(row_blocks, "_has_instructions", lambda _, has=has: has)
+    for found, fast in ((whole, True), (parts, False)):
+        monkeypatch.setattr(row_blocks, "_multiplies_fast", lambda _, fast=fast: fast)
         with Products() as products, torch.device("meta"):
             found += row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how)
-        assert {kind for _, kind, _ in products.found} == {dtype if has else torch.float32}
+        assert {kind for _, kind, _ in products.found} == {dtype if fast else torch.float32}
     for got, want in zip(parts, whole, strict=True):
         assert (got.double() - want.double()).norm() <= 4 * EPS[dtype] * want.double().norm()
 
