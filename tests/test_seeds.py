@@ -1,6 +1,7 @@
 """seeds: the noise's state nests, is restored, and reaches compiled code and the backward pass."""
 
 import asyncio
+import contextlib
 import copy
 import functools
 import os
@@ -355,6 +356,9 @@ def test_what_runs_after_the_context_is_not_decorated(context):
             TypeError, match=f"^{type(context).__name__}: expected a plain function"
         ):
             wrapped()
+    for make in (contextlib.contextmanager(generator), contextlib.asynccontextmanager(stream)):
+        with pytest.raises(TypeError, match=f"^{type(context).__name__}: .*{make.__name__}"):
+            context(make)()
 
 
 # ---- of the tests themselves ---------------------------------------------------------------------

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # what a function returns whose body has not run yet
-_RUN_LATER = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+_RUN_LATER = (
+    types.GeneratorType,
+    types.CoroutineType,
+    types.AsyncGeneratorType,
+    contextlib._GeneratorContextManager,
+    contextlib._AsyncGeneratorContextManager,
+)
 KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
 # [row0, 0, entries], without numbers: a module's integer would be a constant to torch.compile, and
 # each new one another graph
