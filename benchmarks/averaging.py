@@ -119,8 +119,7 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     if args.quick:
         args.rounds = 2
     chosen = {name: ACTIVATIONS[name] for name in args.activations}
-    part = args.skip or len(chosen) < len(ACTIVATIONS) or len(args.dtypes) < 2
-    report.refuse_part(parser, args, part or args.rounds < 5)
+    report.refuse_part(parser, args, "skip", "activations", "dtypes", part=args.rounds < 5)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     found, start = machine.describe("cpu"), time.perf_counter()

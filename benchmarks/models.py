@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             f"--only: expected a part of one of {sorted({case.name for case in CASES})}, got "
             f"{args.only!r}"
         )
-    report.refuse_part(parser, args, bool(args.only) or args.rounds < 5)
+    report.refuse_part(parser, args, "only", "dtypes", part=args.rounds < 5)
     torch.set_num_threads(args.threads if args.clock == "wall" else 1)
     program = "models-compiled" if args.compiled else "models"
     found, pages, place = machine.describe("cpu"), [], ""

@@ -523,7 +523,7 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     parser.add_argument("--against", type=report.stored_run, help="a stored run to compare with")
     args = parser.parse_args(arguments)
-    report.refuse_part(parser, args)
+    report.refuse_part(parser, args, "shapes", "dtypes")
     peers.compile_backend = "eager" if args.quick else "inductor"
     earlier = report.load(args.against, "overhead") if args.against else None
 

@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
     options = parser.parse_args(arguments)
-    report.refuse_part(parser, options, options.only != KINDS)
+    report.refuse_part(parser, options, "shapes", "dtypes", "only")
     torch.set_num_threads(options.threads if options.clock == "wall" else 1)
     device = torch.device("cpu")
     shapes = [tuple(map(int, text.split("x"))) for text in options.shapes or []] or SHAPES

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, list]]:
     cases = [c for c in (models.QUICK if args.quick else models.CASES) if args.only in c.name]
     if not cases:
         parser.error(f"--only: expected a part of a model's name, got {args.only!r}")
-    report.refuse_part(parser, args, args.rounds < 5)
+    report.refuse_part(parser, args, part=args.rounds < 5)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     case, found = cases[0], machine.describe("cpu")

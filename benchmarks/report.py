@@ -50,10 +50,12 @@ def command_line(doc: str, program: str, device: str = "cpu") -> argparse.Argume
 
 
 def refuse_part(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, part: bool = False
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *choices: str, part: bool = False
 ) -> None:
-    """No --docs of a quick run, or of one that is a part for another reason."""
-    if args.docs and (args.quick or part):
+    """No --docs of a quick run, of one where any of these options chose what to measure, or of one
+    that is a part for another reason."""
+    chosen = any(getattr(args, name) != parser.get_default(name) for name in choices)
+    if args.docs and (args.quick or chosen or part):
         parser.error(
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )

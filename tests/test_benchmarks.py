@@ -525,10 +525,14 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
         (profile_small_layer, "--quick", "a full run"),
         (models, "--quick", "a full run"),
         (averaging, "--rounds 4", "a full run"),
+        (averaging, "--skip mean", "a full run"),
+        (models, "--dtypes float32", "a full run"),
+        (bench_producers, "--shapes 8x8", "a full run"),
+        (overhead, "--shapes 8x8x8", "a full run"),
         (profile_model, "--rounds 1", "a full run of at least 5 rounds"),
     ],
 )
-def test_documents_get_no_figures_of_a_quick_run(program, options, expected, capsys):
+def test_documents_get_no_figures_of_a_part(program, options, expected, capsys):
     with pytest.raises(SystemExit):
         program.main([*options.split(), "--docs"])
     assert f"--docs: expected {expected}" in capsys.readouterr().err
