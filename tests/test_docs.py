@@ -95,11 +95,12 @@ def test_readme_says_the_least_and_the_most_that_a_step_takes():
         "amd-avx2": "and {} without. m noisy passes",
     }
     for kind, said in words.items():
-        page = "measured_intel.md" if kind.startswith("intel") else "measured.md"
-        _, table, _ = re.split(
-            f"<!-- models-{kind}:(?:begin|end) -->", (ROOT / "docs" / page).read_text()
+        page = ROOT / "docs" / ("measured_intel.md" if "intel" in kind else "measured.md")
+        # of a Xeon without AMX there are two
+        tables = re.findall(
+            rf"<!-- models-{kind}[a-z0-9-]*:begin -->(.*?)<!-- models-", page.read_text(), re.DOTALL
         )
-        rows = [row.split("|") for row in table.splitlines() if " ms " in row]
+        rows = [row.split("|") for row in "".join(tables).splitlines() if " ms " in row]
         ratios = [float(cell.split()[0]) for row in rows for cell in row[4:6]]  # dip; producer
         assert said.format(f"{min(ratios):.2f} to {max(ratios):.2f}") in readme, kind
 
